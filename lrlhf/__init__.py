@@ -1,0 +1,36 @@
+"""RLHF with low-rank adapters on one frozen base model."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SFT": "lrlhf.modules",
+    "RewardModel": "lrlhf.modules",
+    "PPOPolicy": "lrlhf.modules",
+    "AlpacaDataModule": "lrlhf.datamodules",
+    "AlpacaTemplate": "lrlhf.datamodules",
+    "ChatTemplate": "lrlhf.datamodules",
+    "TextTemplate": "lrlhf.datamodules",
+    "AdaptiveCoefficient": "lrlhf.callbacks",
+    "DivergenceCallback": "lrlhf.callbacks",
+    "MissingEOSPenalty": "lrlhf.callbacks",
+    "PredictionWriter": "lrlhf.callbacks",
+    "RewardLimit": "lrlhf.callbacks",
+    "RolloutCallback": "lrlhf.callbacks",
+    "SampleLog": "lrlhf.callbacks",
+    "Backbone": "lrlhf.backbone",
+    "LoRA": "lrlhf.backbone",
+    "Sampling": "lrlhf.generation",
+    "UserError": "lrlhf.errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,17 @@
+"""Callbacks: what shapes rewards, and what writes."""
+
+from lrlhf.callbacks.divergence import AdaptiveCoefficient, DivergenceCallback
+from lrlhf.callbacks.predictions import PredictionWriter
+from lrlhf.callbacks.rewards import MissingEOSPenalty, RewardLimit
+from lrlhf.callbacks.rollout import RolloutCallback
+from lrlhf.callbacks.samples import SampleLog
+
+__all__ = [
+    "AdaptiveCoefficient",
+    "DivergenceCallback",
+    "MissingEOSPenalty",
+    "PredictionWriter",
+    "RewardLimit",
+    "RolloutCallback",
+    "SampleLog",
+]

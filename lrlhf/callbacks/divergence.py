@@ -1,0 +1,119 @@
+"""DivergenceCallback: measure how far the policy is from the reference, and make it pay."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from torch import Tensor
+
+from lrlhf.callbacks.rollout import RolloutCallback, stage
+from lrlhf.errors import UserError
+from lrlhf.functional import kl
+from lrlhf.functional.divergence import Divergence
+from lrlhf.functional.masked import masked_mean
+from lrlhf.types import Rollout
+
+if TYPE_CHECKING:
+    from lrlhf.modules.ppo_policy import PPOPolicy
+
+
+@dataclass(frozen=True)
+class AdaptiveCoefficient:
+    """A coefficient that steers the divergence to a target (Ziegler et al., arXiv 1909.08593, section 2.2).
+
+    coefficient <- coefficient * (1 + rate * clip(divergence / target - 1, -limit, limit)), once per iteration.
+    """
+
+    target: float = 6.0
+    """Divergence per RESPONSE (summed over its tokens, mean over responses) to hold; 6 nats in AlpacaFarm."""
+    initial: float = 0.02
+    """Coefficient of the first iteration."""
+    rate: float = 0.1
+    """Larger follows faster and oscillates; 0.1 in AlpacaFarm and Ziegler et al."""
+    limit: float = 0.2
+    """Clip of the relative error; 0.2 in AlpacaFarm and Ziegler et al."""
+
+    def __post_init__(self):
+        if self.target <= 0 or self.initial <= 0 or self.rate <= 0 or self.limit <= 0:
+            raise UserError("coefficient: target, initial, rate and limit of AdaptiveCoefficient must be positive.")
+
+    def next(self, coefficient: float, divergence: float) -> float:
+        """The coefficient after an iteration whose responses had this divergence on average."""
+        error = min(max(divergence / self.target - 1, -self.limit), self.limit)
+        return coefficient * (1 + self.rate * error)
+
+
+class DivergenceCallback(RolloutCallback):
+    """reward_t = reward_t - coefficient * d_t at every response token.
+
+    Asks the policy for the reference's log-probs itself, so a run without it pays for no reference pass. Logs under the
+    divergence's own name: `divergence/<name>` per token, `coefficient`, and `penalty` per response.
+
+    Args:
+        divergence: a function of two tensors by import path, of `lrlhf.functional` or your own. Those marked
+            `over_vocabulary` sum over the whole vocabulary.
+        coefficient: a fixed number (0.02 in the paper; 0 measures without penalising), or an AdaptiveCoefficient.
+        also_log: other divergences to log on the same tokens.
+    """
+
+    def __init__(
+        self,
+        divergence: Divergence = kl,
+        coefficient: float | AdaptiveCoefficient = 0.02,
+        also_log: list[Divergence] | None = None,
+    ):
+        if isinstance(coefficient, int | float) and coefficient < 0:
+            raise UserError(f"DivergenceCallback: coefficient={coefficient} must not be negative.")
+        self.divergence = divergence
+        self.also_log = list(also_log or [])
+        self.controller = coefficient if isinstance(coefficient, AdaptiveCoefficient) else None
+        self.coefficient = self.controller.initial if self.controller else float(coefficient)  # type: ignore[arg-type]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse to be silently without effect."""
+        if not hasattr(pl_module, "divergence"):
+            raise UserError(f"DivergenceCallback works with PPOPolicy; {type(pl_module).__name__} makes no rollouts.")
+
+    def shape_rewards(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> Tensor:
+        """Subtract the penalty, log it, and move the coefficient if it adapts."""
+        mask = rollout.response_mask
+        ref_logprobs = None
+        values = {}
+        for function in (self.divergence, *self.also_log):
+            if getattr(function, "over_vocabulary", False):
+                values[_name(function)] = policy.divergence(rollout, function)
+            else:
+                ref_logprobs = policy.logprobs(rollout, "reference") if ref_logprobs is None else ref_logprobs
+                values[_name(function)] = _on_mask(function, rollout.logprobs, ref_logprobs, mask)
+        penalty = self.coefficient * values[_name(self.divergence)]
+        metrics = {f"divergence/{name}": masked_mean(value, mask) for name, value in values.items()}
+        metrics |= {"coefficient": self.coefficient, "penalty": penalty.sum(-1).mean()}
+        policy.log_dict({f"{stage(trainer)}/{k}": float(v) for k, v in metrics.items()}, batch_size=len(rollout))
+        if self.controller and trainer.training:
+            per_response = float(values[_name(self.divergence)].sum(-1).mean())
+            self.coefficient = self.controller.next(self.coefficient, per_response)
+        return rewards - penalty
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient, which an adaptive run must not forget."""
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the coefficient up again where it adapts; a fixed one is what the config says."""
+        if self.controller:
+            self.coefficient = state_dict["coefficient"]
+
+
+def _on_mask(function: Divergence, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """The divergence at response tokens, 0 elsewhere: [B, R]."""
+    values = function(logprobs[mask], ref_logprobs[mask])
+    if values.shape != logprobs[mask].shape:
+        raise UserError(
+            f"DivergenceCallback: {_name(function)} returned shape {tuple(values.shape)} for "
+            f"{tuple(logprobs[mask].shape)} tokens; a divergence over the vocabulary needs @over_vocabulary."
+        )
+    return logprobs.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _name(function: Divergence) -> str:
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,108 @@
+"""The command line: lrlhf fit | validate | test | predict | align | report."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+USAGE = """usage: lrlhf COMMAND [options]
+
+  fit        train one stage:        lrlhf fit --config configs/demo/sft.yaml
+  validate   its held-out metrics:   lrlhf validate --config runs/sft/config.yaml
+  test       the same on data.test
+  predict    write responses in AlpacaEval format, or the scores of a reward model
+  align      SFT, reward model and PPO, one after the other: lrlhf align --config configs/demo/align.yaml
+  report     tables, plots and an HTML page of an align run: lrlhf report runs/demo
+
+lrlhf COMMAND --help tells the options; several --config files compose, later ones win."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a fault the user can mend becomes one sentence on stderr and exit code 1."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    command, *rest = arguments
+    quiet()
+    from lrlhf.errors import UserError
+
+    try:
+        if command == "align":
+            from lrlhf.align import align
+
+            align(rest)
+        elif command == "report":
+            from lrlhf.report import main as report
+
+            report(rest)
+        elif command in ("fit", "validate", "test", "predict"):
+            run_stage([command, *rest])
+        elif command == "--version":
+            from lrlhf import __version__
+
+            print(f"lrlhf {__version__}")
+        else:
+            raise UserError(f"there is no command {command!r}; see lrlhf --help.")
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted.")
+
+
+def fail(sentence: str) -> None:
+    """Print one sentence and leave with exit code 1."""
+    print(f"lrlhf: error: {sentence}", file=sys.stderr)
+    sys.exit(1)
+
+
+def quiet() -> None:
+    """Keep other libraries' start-up chatter off the screen."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import logging
+
+    for name in ("bitsandbytes", "torch.distributed.elastic.multiprocessing.redirects"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for message in (
+        ".*does not have many workers.*",
+        ".*is_gradient_checkpointing.*",
+        ".*checkpoint directory.*exists.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def run_stage(arguments: list[str]) -> Any:
+    """One LightningCLI command; returns the CLI, whose `trainer` and `model` have run.
+
+    Raises:
+        UserError: a config, a setting or a row that cannot be used.
+    """
+    import lightning as L
+    from jsonargparse import set_parsing_settings
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from lrlhf.errors import UserError
+    from lrlhf.lightning_cli import AlignmentCLI, Parser, SaveConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        return AlignmentCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"max_epochs": 1, "use_distributed_sampler": False},
+            parser_class=Parser,
+            args=arguments,
+        )
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""AlpacaDataModule: one class, three views of the data, shared by SFT, RewardModel and PPOPolicy."""
+
+import hashlib
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lrlhf.datamodules.collate import Tokenized, collate_preferences, collate_prompts, collate_sequences
+from lrlhf.datamodules.formats import BadRow, Row, read_rows
+from lrlhf.datamodules.prompts import AlpacaTemplate, Template
+from lrlhf.datamodules.sampler import BatchSampler
+from lrlhf.errors import UserError
+from lrlhf.pretrained import load_tokenizer
+
+Task = Literal["sft", "preference", "prompts"]
+
+COLLATE = {"sft": collate_sequences, "preference": collate_preferences, "prompts": collate_prompts}
+RESPONSES = {"sft": 1, "preference": 2, "prompts": 0}
+
+
+class AlpacaDataModule(L.LightningDataModule):
+    """Instructions, demonstrations or preference pairs from files or a hub id (layouts: `lrlhf.datamodules.formats`).
+
+    Args:
+        train: one or several files or hub ids to train on.
+        val: files or ids to validate on; None takes `val_split` out of `train`.
+        test: files or ids for `test`; None uses the validation rows.
+        predict: files or ids for `predict`; None uses the validation rows.
+        task: sft (prompt and response), preference (chosen and rejected) or prompts. The command line links it from the
+            model class.
+        tokenizer: base model whose tokenizer to use. The command line links it from the model.
+        template: how a prompt is rendered.
+        splits: named shares of the training rows, as numbers of rows, e.g. {sft: 10000, val: 2000}. A stable hash of
+            the prompt decides, so that no prompt lies in two splits.
+        train_split: the share to train on; None takes all rows.
+        val_split: the share to validate on where `val` is None.
+        batch_size: rows of one optimizer step (SFT, reward) or of one rollout (PPO), over all processes.
+        val_batch_size: rows of a validation batch.
+        max_prompt_tokens: rows with longer prompts are left out and counted, never cut; 192 in the paper.
+        max_response_tokens: the same for responses; 300 in the paper.
+        limit: use at most so many training rows, after the split.
+        val_limit: use at most so many validation, test or prediction rows.
+        group_by_length: put rows of similar length into one batch.
+        num_workers: processes that collate.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
+        predict: str | list[str] | None = None,
+        task: Task = "sft",
+        tokenizer: str = "smollm2-135m-instruct",
+        template: Template | None = None,
+        splits: dict[str, int] | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
+        batch_size: int = 128,
+        val_batch_size: int = 32,
+        max_prompt_tokens: int = 192,
+        max_response_tokens: int = 300,
+        limit: int | None = None,
+        val_limit: int | None = None,
+        group_by_length: bool = True,
+        num_workers: int = 0,
+    ):
+        super().__init__()
+        for name, number in {
+            "batch_size": batch_size,
+            "val_batch_size": val_batch_size,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_response_tokens": max_response_tokens,
+        }.items():
+            if number < 1:
+                raise UserError(f"data.{name}={number} must be at least 1.")
+        for name in filter(None, (train_split, val_split)):
+            if name not in (splits or {}):
+                raise UserError(f"data: {name!r} is no key of data.splits, which has {sorted(splits or {})}.")
+        if task not in COLLATE:
+            raise UserError(f"data.task={task!r} must be one of {', '.join(COLLATE)}.")
+        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.task, self.tokenizer_name = task, tokenizer
+        self.template = template or AlpacaTemplate()
+        self.splits, self.train_split, self.val_split = splits, train_split, val_split
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
+        self.limit, self.val_limit = limit, val_limit
+        self.group_by_length, self.num_workers = group_by_length, num_workers
+        self.rows: dict[str, list[Tokenized]] = {}
+        self.dropped: Counter[str] = Counter()
+
+    # Lightning's hooks
+
+    def setup(self, stage: str) -> None:
+        """Read, split, render and tokenise the rows that this stage needs."""
+        self.tokenizer = load_tokenizer(self.tokenizer_name)
+        if stage in ("fit", "validate") and "val" not in self.rows:
+            self.rows["val"] = self._view("val", self.val_split)
+        if stage == "fit" and "train" not in self.rows:
+            if self.sources["train"] is None:
+                raise UserError("data.train names no file to train on.")
+            self.rows["train"] = self._view("train", self.train_split)[: self.limit]
+            if not self.rows["train"]:
+                raise UserError(f"data.train={self.sources['train']}: no row is left to train on ({self._lost()}).")
+        if stage in ("test", "predict"):
+            self.rows[stage] = self._view(stage, self.val_split)
+            if not self.rows[stage]:
+                raise UserError(f"data.{stage} (or data.val) gives no row to {stage} on ({self._lost()}).")
+        if sum(self.dropped.values()):
+            warnings.warn(f"data: left out {self._lost()}.", stacklevel=2)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled by (seed, epoch); for PPO only full batches, so that every rollout has the same size."""
+        world = self.trainer.world_size if self.trainer else 1
+        if self.batch_size % world:
+            raise UserError(f"data.batch_size={self.batch_size} does not divide among {world} processes.")
+        prompts = self.task == "prompts"
+        if prompts and len(self.rows["train"]) < self.batch_size:
+            raise UserError(
+                f"data.batch_size={self.batch_size} is more than the {len(self.rows['train'])} prompts of data.train; "
+                "choose a smaller one."
+            )
+        return self._loader("train", self.batch_size, self.group_by_length and not prompts, True, prompts)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """In the order of the file; no loader where there are no validation rows."""
+        return self._loader("val", self.val_batch_size) if self.rows["val"] else []
+
+    def test_dataloader(self) -> DataLoader:
+        """In the order of the file."""
+        return self._loader("test", self.val_batch_size)
+
+    def predict_dataloader(self) -> DataLoader:
+        """In the order of the file: prompts for SFT and PPO, pairs for a reward model."""
+        return self._loader("predict", self.val_batch_size)
+
+    # Rows
+
+    def _loader(
+        self, view: str, batch_size: int, grouped: bool = False, shuffle: bool = False, drop_last: bool = False
+    ) -> DataLoader:
+        rows = self.rows[view]
+        sampler = BatchSampler(
+            [row.length for row in rows],
+            batch_size,
+            seed=torch.initial_seed(),
+            shuffle=shuffle,
+            group_by_length=grouped,
+            drop_last=drop_last,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+        task = "prompts" if view == "predict" and self.task == "sft" else self.task
+        return DataLoader(
+            rows,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=COLLATE[task],
+            num_workers=self.num_workers,
+            generator=torch.Generator(),
+        )
+
+    def _view(self, name: str, split: str | None) -> list[Tokenized]:
+        """The rows of one view: from its own files, else the validation files, else a split of the training files."""
+        source = self.sources[name] or (self.sources["val"] if name != "train" else None)
+        if source is None and name != "train" and split is None:
+            return []
+        own = source is not None and name != "train"
+        rows = self._read(source or self.sources["train"])
+        if not own and split is not None and self.splits is not None:
+            rows = take_split(rows, self.splits, split)
+        need = 0 if name == "predict" and self.task == "sft" else RESPONSES[self.task]
+        tokenized = [kept for row in rows if (kept := self._tokenize(row, need)) is not None]
+        return tokenized if name == "train" else tokenized[: self.val_limit]
+
+    def _read(self, sources: str | list[str] | None) -> list[Row]:
+        ties: Counter[str] = Counter()
+        names = [sources] if isinstance(sources, str) else sources or []
+        rows = [row for name in names for row in read_rows(name, ties)]
+        if ties:
+            self.dropped["ties"] = sum(ties.values())
+        return rows
+
+    def _tokenize(self, row: Row, need: int) -> Tokenized | None:
+        if len(row.responses) < need:
+            wanted = "an output" if need == 1 else "two responses and a preference"
+            raise UserError(f"{row.place}: the {self.task} task needs {wanted}.")
+        try:
+            text = self.template.render(row, self.tokenizer)
+        except BadRow as error:
+            raise UserError(f"{row.place}: {error}.") from None
+        prompt = self.tokenizer(text, add_special_tokens=self.template.adds_special_tokens)["input_ids"]
+        responses = tuple(
+            [*self.tokenizer(response, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+            for response in row.responses[:need]
+        )
+        if not prompt:
+            raise UserError(f"{row.place}: the prompt has no tokens.")
+        if len(prompt) > self.max_prompt_tokens:
+            self.dropped[f"prompts over {self.max_prompt_tokens} tokens"] += 1
+            return None
+        if any(len(response) > self.max_response_tokens for response in responses):
+            self.dropped[f"responses over {self.max_response_tokens} tokens"] += 1
+            return None
+        source = {"instruction": row.messages[-1][1], "dataset": row.dataset}
+        return Tokenized(prompt, responses, row.margin, text, source)
+
+    def _lost(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "the files are empty"
+
+
+def take_split(rows: Sequence[Row], splits: dict[str, int], name: str) -> list[Row]:
+    """The rows of one named split: prompts are ordered by a stable hash and dealt out in the order of `splits`.
+
+    Rows with one prompt stay together, so a split may hold a few more than its size.
+
+    Raises:
+        UserError: the rows do not suffice for all splits.
+    """
+
+    def key(row: Row) -> str:
+        return hashlib.sha256(repr(row.messages).encode()).hexdigest()
+
+    keys = {row.place: key(row) for row in rows}
+    ordered = sorted(rows, key=lambda row: keys[row.place])
+    if sum(splits.values()) > len(rows):
+        raise UserError(f"data.splits asks for {sum(splits.values())} rows, data.train has {len(rows)}.")
+    start = 0
+    for split, size in splits.items():
+        end = start + size
+        while 0 < end < len(ordered) and keys[ordered[end].place] == keys[ordered[end - 1].place]:
+            end += 1
+        if split == name:
+            return ordered[start:end]
+        start = end
+    raise UserError(f"data.splits has no {name!r}.")

@@ -1,0 +1,61 @@
+"""The losses of the three stages, per token or per pair: the caller divides once by a global count."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_range: float = 0.2) -> Tensor:
+    """PPO's clipped surrogate: max(-A * ratio, -A * clip(ratio, 1 - c, 1 + c)), ratio = exp(logprobs - old_logprobs).
+
+    Schulman et al., "Proximal policy optimization" (2017), equation 7.
+
+    Args:
+        logprobs: [B, R] of the policy that learns.
+        old_logprobs: [B, R] of the policy that sampled; no gradient.
+        advantages: [B, R]; no gradient.
+        clip_range: c; how far a token's probability may move per rollout and still be rewarded. 0.2 in the paper;
+            0.1 to 0.3 is usual.
+
+    Returns:
+        [B, R], per token.
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float = 0.2) -> Tensor:
+    """Clipped squared error: max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2) / 2.
+
+    Args:
+        values: [B, R] of the critic that learns.
+        old_values: [B, R] at rollout time; no gradient.
+        returns: [B, R] G; no gradient.
+        clip_range: c, in units of the whitened reward. 0.2 in the paper. Larger lets the critic move faster.
+
+    Returns:
+        [B, R], per token.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def preference_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor, *, margin: Tensor | float = 0.0, centering: float = 0.0
+) -> Tensor:
+    """Bradley-Terry: -log sigmoid(s_chosen - s_rejected - margin) + centering * (s_chosen + s_rejected)^2.
+
+    Bradley and Terry (1952); margin as in Llama 2 (arXiv 2307.09288, equation 2); centring, which keeps the free
+    constant of the scores near 0, as in arXiv 2312.09244, section 4.
+
+    Args:
+        chosen_scores: [B] float.
+        rejected_scores: [B] float.
+        margin: [B] or a number: how much better the chosen one should score.
+        centering: 0 leaves the constant free; 0.01 is typical.
+
+    Returns:
+        [B], per pair.
+    """
+    loss = -F.logsigmoid(chosen_scores - rejected_scores - margin)
+    return loss + centering * (chosen_scores + rejected_scores) ** 2

@@ -1,0 +1,26 @@
+"""Positions and masks of [prompt | response] rows: prompts padded on the left, responses on the right."""
+
+import torch
+from torch import Tensor
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Position of each true token among the true tokens of its row; 0 on padding. mask [B, T] bool to int64 [B, T].
+
+    Given to the model always: without them left padding changes log-probabilities.
+    """
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def response_mask(tokens: Tensor, stop_ids: Tensor) -> Tensor:
+    """True up to and including the first stop token, all true without one; [B, R] int64 to bool [B, R].
+
+    Call it once, on sampled tokens: afterwards the mask is the truth, never the token ids.
+    """
+    stops = torch.isin(tokens, stop_ids)
+    return (stops.cumsum(-1) - stops.long()) == 0
+
+
+def last_true(mask: Tensor) -> Tensor:
+    """One-hot bool mask [B, R] of the last true position of each row; a row without one stays all false."""
+    return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)

@@ -1,0 +1,106 @@
+"""Sampling responses: a plain loop over a key-value cache, rows leaving when they have ended."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lrlhf.backbone import Backbone
+from lrlhf.errors import UserError
+from lrlhf.functional import position_ids, response_mask
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    max_new_tokens: int = 300
+    """Tokens in a response at most, the end-of-sequence token included; 300 in the paper."""
+    temperature: float = 1.0
+    """Divides the logits; below 1 is more predictable, 0 takes the likeliest token. 1 in the paper."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens alone; 0 from all. Not for PPO, whose ratio needs the whole distribution."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens with this probability. Not for PPO, for the same reason."""
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UserError(f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1.")
+        if self.temperature < 0:
+            raise UserError(f"sampling.temperature={self.temperature} must not be negative.")
+        if self.top_k < 0:
+            raise UserError(f"sampling.top_k={self.top_k} must not be negative.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling.top_p={self.top_p} must lie in (0, 1].")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can never be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.temperature == 0
+
+
+def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """One token a row by inverting the cumulative distribution: logits [B, V], uniforms [B] in [0, 1) to int64 [B].
+
+    A row's token depends on its own logits and its own uniform alone, never on its neighbours.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    if sampling.top_k or sampling.top_p < 1:
+        ranked, order = probabilities.sort(dim=-1, descending=True)
+        beyond = ranked.cumsum(-1) - ranked >= sampling.top_p
+        if sampling.top_k:
+            beyond[:, sampling.top_k :] = True
+        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(beyond, 0))
+    cumulative = probabilities.cumsum(-1)
+    targets = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def sample_responses(
+    backbone: Backbone,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    sampling: Sampling,
+    stop_ids: Tensor,
+    uniforms: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Responses of the backbone's current role.
+
+    Args:
+        backbone: inside `with backbone.role(...)`.
+        prompt_ids: [B, P] int64, left-padded.
+        prompt_mask: [B, P] bool.
+        sampling: temperature and limits.
+        stop_ids: [S] int64, the tokens that end a response.
+        uniforms: [B, max_new_tokens] in [0, 1), all the randomness there is: a response depends on its own row alone,
+            not on how the batch is cut or on when others end.
+
+    Returns:
+        response_ids [B, R] int64, 0 off the mask, and response_mask [B, R] bool, R <= max_new_tokens.
+    """
+    rows, device = len(prompt_ids), prompt_ids.device
+    tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
+    active = torch.arange(rows, device=device)
+    mask, cache, ids, positions = prompt_mask, DynamicCache(), prompt_ids, position_ids(prompt_mask)
+    alive = torch.ones(rows, dtype=torch.bool, device=device)
+    for step in range(sampling.max_new_tokens):
+        logits = backbone.next_token_logits(ids, mask, positions, cache)
+        chosen = choose(logits, uniforms[active, step], sampling)
+        tokens[active[alive], step] = chosen[alive]
+        alive = alive & ~torch.isin(chosen, stop_ids)
+        if not alive.any():
+            break
+        if alive.sum() <= 0.75 * len(alive):
+            keep = alive.nonzero().squeeze(-1)
+            cache.batch_select_indices(keep)
+            active, chosen, mask, positions, alive = (x[keep] for x in (active, chosen, mask, positions, alive))
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    tokens = tokens[:, : step + 1]
+    ended = response_mask(tokens, stop_ids)
+    return tokens.masked_fill(~ended, 0), ended

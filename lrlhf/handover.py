@@ -1,0 +1,132 @@
+"""What one stage gives the next: adapters as plain peft folders, a head as safetensors, and a manifest that is checked.
+
+handover/  manifest.json  sft/  reward/  head.safetensors        (a reward model)
+           manifest.json  sft/  policy/  adapter/                (a policy; adapter/ is its stack as ONE peft adapter)
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lrlhf.backbone import Backbone
+from lrlhf.errors import UserError
+from lrlhf.pretrained import fingerprint_tokenizer
+from lrlhf.types import Sequences
+
+if TYPE_CHECKING:
+    from lrlhf.modules.base import AlignmentModule
+
+PROBE = "A friend asked how to keep a small garden through a dry summer."
+"""Scored when a reward model is handed over, and again before PPO trusts it."""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """The manifest of a hand-over folder. Fingerprints name what a role was trained on and works with."""
+
+    folder: Path
+    role: str
+    stack: tuple[str, ...]
+    head: bool
+    base_model: str
+    base: str
+    tokenizer: str
+    template: str | None
+    adapters: dict[str, str] = field(default_factory=dict)
+    probe_score: float | None = None
+    dtype: str = "float32"
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Handover":
+        """The manifest in `folder`.
+
+        Raises:
+            UserError: no folder, no manifest, or a damaged one.
+        """
+        path = Path(folder).expanduser() / "manifest.json"
+        if not path.is_file():
+            raise UserError(f"{folder} is no hand-over folder (no manifest.json in it); run the stage before first.")
+        try:
+            values = json.loads(path.read_text())
+            handover = cls(folder=path.parent, **{**values, "stack": tuple(values["stack"])})
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}); run its stage again.") from None
+        for adapter, digest in handover.adapters.items():
+            if _digest(handover.folder / adapter) != digest:
+                raise UserError(f"{path.parent}: the adapter {adapter} is not the one that was handed over.")
+        return handover
+
+    @classmethod
+    def write(cls, module: "AlignmentModule", folder: Path) -> "Handover":
+        """Save the role of a trained module; written beside and renamed, so that a kill leaves no half a folder."""
+        backbone, role = module.backbone, module.role
+        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        backbone.save_role(role, scratch)
+        (scratch / "README.md").unlink(missing_ok=True)
+        stack = backbone.stacks[role]
+        if role == "policy" and stack:
+            backbone.export_adapter(role, scratch)
+            (scratch / "README.md").unlink(missing_ok=True)
+        head = role in backbone.heads
+        handover = cls(
+            folder=folder,
+            role=role,
+            stack=stack,
+            head=head,
+            base_model=module.base_model,
+            base=backbone.fingerprint,
+            tokenizer=fingerprint_tokenizer(module.tokenizer),
+            template=module.template_fingerprint(),
+            adapters={adapter: _digest(scratch / adapter) for adapter in stack},
+            probe_score=score_probe(backbone, role, module.tokenizer) if head else None,
+            dtype=module.dtype_name,
+        )
+        values = {k: v for k, v in asdict(handover).items() if k != "folder"}
+        (scratch / "manifest.json").write_text(json.dumps(values, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+        return handover
+
+    def check(self, backbone: Backbone, tokenizer: str) -> None:
+        """Refuse another base or tokenizer than the role was trained on, naming what differs."""
+        for what, ours, theirs in (
+            ("base model", backbone.fingerprint, self.base),
+            ("tokenizer", tokenizer, self.tokenizer),
+        ):
+            if ours != theirs and (self.stack or what == "tokenizer"):
+                raise UserError(
+                    f"{self.folder} was trained with another {what} (fingerprint {theirs}, here {ours}); "
+                    f"use base_model: {self.base_model}, or train the stage again."
+                )
+
+    def check_template(self, template: str | None) -> None:
+        """Refuse another prompt template than the role was trained on."""
+        if template is not None and self.template is not None and template != self.template:
+            raise UserError(
+                f"{self.folder} was trained with another prompt template (fingerprint {self.template}, here "
+                f"{template}); set the same data.template in every stage."
+            )
+
+
+@torch.no_grad()
+def score_probe(backbone: Backbone, role: str, tokenizer: Any) -> float:
+    """The score of a fixed text by a role with a head."""
+    ids = torch.tensor([tokenizer(PROBE)["input_ids"]], device=next(backbone.parameters()).device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with backbone.role(role):
+        return float(backbone.scores(Sequences(ids[:, :1], mask[:, :1], ids[:, 1:], mask[:, 1:])))
+
+
+def _digest(folder: Path) -> str:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run its stage again.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,31 @@
+"""What is averaged and how: per-token and per-response means over all micro-batches of an iteration."""
+
+import torch
+from torch import Tensor
+
+from lrlhf.functional import masked_sum
+
+
+class Means:
+    """Weighted means of named quantities, each token or response counting once however the batch was cut."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Add the values of `name` where `mask` is true (everywhere without one)."""
+        mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+        self._sums[name] = self._sums.get(name, 0.0) + float(masked_sum(values.detach().float(), mask))
+        self._counts[name] = self._counts.get(name, 0.0) + int(mask.sum())
+
+    def compute(self) -> dict[str, float]:
+        """The means so far; 0 for a quantity that was only ever added with empty masks."""
+        return {name: total / max(self._counts[name], 1) for name, total in self._sums.items()}
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 no better than a constant."""
+    errors, targets = (returns - values)[mask].float(), returns[mask].float()
+    variance = targets.var(correction=0)
+    return float(1 - errors.var(correction=0) / variance) if variance > 0 else 0.0

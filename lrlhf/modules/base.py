@@ -1,0 +1,247 @@
+"""What the three stages share: build the roles, optimise, save only what trains, hand over."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import get_scheduler
+
+from lrlhf.backbone import Backbone, DType, LoRA
+from lrlhf.errors import UserError
+from lrlhf.functional.randomness import generator
+from lrlhf.generation import Sampling, sample_responses
+from lrlhf.handover import Handover
+from lrlhf.pretrained import fingerprint_tokenizer, load_tokenizer
+from lrlhf.types import Prompts
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate moves, one step per training batch (for PPO: per iteration)."""
+
+    name: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Shape after the warm-up; linear in the paper."""
+    warmup: int = 5
+    """Batches of linear warm-up from 0; 5 in the paper."""
+
+
+class AlignmentModule(L.LightningModule):
+    """A stage of training on the roles of one backbone.
+
+    Manual optimization in all stages: one Lightning batch is one unit of the science, cut into micro-batches that
+    change memory alone, and divided once by the whole batch's count.
+
+    Args:
+        base_model: hub id, folder, GGUF file or short name of the frozen base.
+        sft: hand-over folder of an SFT run whose adapter lies below this stage's; None if the base is an SFT model.
+        lora: settings of new adapters; null trains full models, for comparison.
+        dtype: of the frozen base; what trains is fp32 always.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        micro_batch_size: rows of one forward and backward pass, per device. Memory only.
+        sampling: how responses are drawn in PPO, `validate` and `predict`.
+        optimizer: the paper's AdamW by default.
+        schedule: the paper's linear decay by default.
+        max_grad_norm: gradients of larger global norm are scaled down to it; 1.0 in the paper.
+    """
+
+    task: ClassVar[Literal["sft", "preference", "prompts"]]
+    """The view of the data that this module trains on; the command line links it to data.task."""
+    role: ClassVar[str]
+    """The role that is trained, evaluated and handed over."""
+
+    def __init__(
+        self,
+        base_model: str = "smollm2-135m-instruct",
+        sft: str | None = None,
+        lora: LoRA | None = LoRA(),
+        dtype: DType = "float32",
+        gradient_checkpointing: bool = False,
+        micro_batch_size: int = 16,
+        sampling: Sampling = Sampling(),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, eps=1e-5, weight_decay=0.0),
+        schedule: Schedule = Schedule(),
+        max_grad_norm: float = 1.0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.base_model, self.sft, self.lora, self.dtype_name = base_model, sft, lora, dtype
+        self.gradient_checkpointing, self.micro_batch_size = gradient_checkpointing, micro_batch_size
+        self.sampling, self.optimizer, self.schedule = sampling, optimizer, schedule
+        self.max_grad_norm = max_grad_norm
+        if micro_batch_size < 1:
+            raise UserError(f"model.micro_batch_size={micro_batch_size} must be at least 1.")
+        if max_grad_norm <= 0:
+            raise UserError(f"model.max_grad_norm={max_grad_norm} must be positive.")
+        self.parents = [Handover.read(folder) for folder in self.handover_folders()]
+        self.iteration = 0
+
+    # Build
+
+    def handover_folders(self) -> list[str]:
+        """The hand-over folders that this stage starts from."""
+        return [self.sft] if self.sft else []
+
+    def build_roles(self) -> None:
+        """Define the roles on `self.backbone`."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Load the base once, then the roles; Lightning calls it before fit, validate, test and predict."""
+        if "backbone" in self._modules:
+            return
+        self.tokenizer = load_tokenizer(self.base_model)
+        self.stop_ids = torch.tensor([self.tokenizer.eos_token_id])
+        self.backbone = Backbone(
+            self.base_model,
+            lora=self.lora,
+            dtype=self.dtype_name,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        for parent in self.parents:
+            parent.check(self.backbone, fingerprint_tokenizer(self.tokenizer))
+        self.build_roles()
+        self.backbone.eval()
+
+    def load_sft(self) -> tuple[str, ...]:
+        """Load the SFT adapter if there is one; the stack that everything else lies on."""
+        if not self.sft:
+            return ()
+        sft = Handover.read(self.sft)
+        if sft.role != "sft":
+            raise UserError(f"model.sft={self.sft} was handed over by a {sft.role} run, not by an SFT run.")
+        self.backbone.load_role("reference", sft.stack, sft.folder, head=False)
+        return sft.stack
+
+    def on_fit_start(self) -> None:
+        """Check what a trainer flag would break, and that the data speaks the parents' template."""
+        self.seed = torch.initial_seed() % 2**31
+        trainer = self.trainer
+        if trainer.gradient_clip_val is not None:
+            raise UserError("trainer.gradient_clip_val does not apply here; set model.max_grad_norm instead.")
+        if trainer.accumulate_grad_batches != 1:
+            raise UserError(
+                "trainer.accumulate_grad_batches does not apply here; data.batch_size is the whole batch and "
+                "model.micro_batch_size what fits in memory."
+            )
+        for parent in self.parents:
+            parent.check_template(self.template_fingerprint())
+
+    def template_fingerprint(self) -> str | None:
+        """Of the data module's prompt template; None when plain loaders were given."""
+        return getattr(getattr(self.trainer.datamodule, "template", None), "fingerprint", None)  # type: ignore[attr-defined]
+
+    # Optimise
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer of everything that trains, and its schedule over the batches of this fit."""
+        optimizer = self.optimizer(self.backbone.trainable())
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise UserError("the run has no end: set trainer.max_epochs.")
+        schedule = get_scheduler(self.schedule.name, optimizer, self.schedule.warmup, int(total))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def descend(self, losses: Iterable[Tensor]) -> dict[str, float]:
+        """One optimizer step on the sum of the losses, each backpropagated as soon as it is made.
+
+        Returns:
+            loss, and grad_norm before clipping.
+
+        Raises:
+            UserError: a loss or the gradient is not finite; the weights are still those before the step.
+        """
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        total = 0.0
+        for loss in losses:
+            self.manual_backward(loss)
+            total += float(loss.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(self.backbone.trainable(), self.max_grad_norm))
+        for name, number in (("loss", total), ("gradient norm", norm)):
+            if not torch.isfinite(torch.tensor(number)):
+                raise UserError(
+                    f"the {name} is {number} in iteration {self.iteration}: training stopped before the weights "
+                    "changed; lower the learning rate, or look at the rewards and the data of this batch."
+                )
+        optimizer.step()  # type: ignore[union-attr]
+        return {"loss": total, "grad_norm": norm}
+
+    def end_iteration(self, metrics: dict[str, float]) -> None:
+        """Move the schedule and the count on, and log."""
+        schedule = self.lr_schedulers()
+        learning_rate = schedule.get_last_lr()[0]  # type: ignore[union-attr]
+        schedule.step()  # type: ignore[union-attr, call-arg]
+        self.log_dict({f"train/{k}": v for k, v in metrics.items()} | {"train/learning_rate": learning_rate})
+        self.iteration += 1
+
+    # Sample
+
+    def sample(self, prompts: Prompts, role: str, *place: int | str) -> tuple[Tensor, Tensor]:
+        """Responses of a role: ids and mask [B, R]. The draws depend on the seed and `place` alone."""
+        draws = torch.rand(len(prompts), self.sampling.max_new_tokens, generator=generator(*self._seeded(place)))
+        with self.backbone.role(role):
+            return sample_responses(
+                self.backbone,
+                prompts.prompt_ids,
+                prompts.prompt_mask,
+                sampling=self.sampling,
+                stop_ids=self.stop_ids.to(self.device),
+                uniforms=draws.to(self.device),
+            )
+
+    def _seeded(self, place: tuple[int | str, ...]) -> tuple:
+        return getattr(self, "seed", 0), "sampling", *place
+
+    def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, str]]:
+        """AlpacaEval rows: instruction, output, generator, dataset."""
+        ids, mask = self.sample(batch, self.role, "predict", batch_idx)
+        return [
+            {**source, "output": text, "generator": f"lrlhf-{self.role}"}
+            for source, text in zip(batch.sources, self.decode(ids, mask), strict=True)
+        ]
+
+    def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
+        """Texts of responses, special tokens left out."""
+        return [self.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)]
+
+    # Save
+
+    def trainable_names(self) -> set[str]:
+        """Names of the tensors that train, as they stand in a checkpoint."""
+        ids = {id(p) for p in self.backbone.trainable()}
+        return {name for name, p in self.named_parameters() if id(p) in ids}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains; the frozen base is named by its fingerprint."""
+        names = self.trainable_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+        checkpoint["lrlhf"] = {"iteration": self.iteration, "base": self.backbone.fingerprint}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or with other tensors."""
+        ours = checkpoint.get("lrlhf")
+        if ours is None:
+            raise UserError("this checkpoint was not written by lrlhf.")
+        if ours["base"] != self.backbone.fingerprint:
+            raise UserError(f"this checkpoint was trained on another base than {self.base_model}.")
+        differing = sorted(checkpoint["state_dict"].keys() ^ self.trainable_names())
+        if differing:
+            raise UserError(
+                f"this checkpoint does not hold the {len(self.trainable_names())} tensors that train here: "
+                f"{len(differing)} differ, e.g. {differing[0]}."
+            )
+        self.iteration = ours["iteration"]
+
+    def on_train_end(self) -> None:
+        """Write the hand-over folder: what the next stage starts from."""
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir) / "handover"
+            Handover.write(self, folder)
+            rank_zero_info(f"Handed over the {self.role} role in {folder}")

