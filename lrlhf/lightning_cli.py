@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -103,3 +104,13 @@ class AlignmentCLI(LightningCLI):
 
 def _has(callbacks: list[Any], kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def parse_config(path: Path) -> tuple[dict[str, Any], L.LightningModule, L.LightningDataModule]:
+    """The values of a run's config.yaml, and the module and data module that it describes."""
+    values = yaml.safe_load(path.read_text())
+    parser = Parser()
+    parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    built = parser.instantiate_classes(parser.parse_object({key: values[key] for key in ("model", "data")}))
+    return values, built.model, built.data

@@ -94,7 +94,9 @@ def load_tokenizer(base_model: str):
 def load_model(base_model: str, dtype: torch.dtype) -> nn.Module:
     """The causal language model, in `dtype`; under `torch.device("meta")` its shapes alone, from config.json."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         source = resolve(base_model)
         if torch.get_default_device().type == "meta":

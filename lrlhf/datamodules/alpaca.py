@@ -35,8 +35,8 @@ class AlpacaDataModule(L.LightningDataModule):
             model class.
         tokenizer: base model whose tokenizer to use. The command line links it from the model.
         template: how a prompt is rendered.
-        splits: named shares of the training rows, as numbers of rows, e.g. {sft: 10000, val: 2000}. A stable hash of
-            the prompt decides, so that no prompt lies in two splits.
+        splits: named shares of the training rows, as numbers of rows, e.g. {sft: 10000, val: 2000}; null takes the
+            rest. A stable hash of the prompt decides, so that no prompt lies in two splits.
         train_split: the share to train on; None takes all rows.
         val_split: the share to validate on where `val` is None.
         batch_size: rows of one optimizer step (SFT, reward) or of one rollout (PPO), over all processes.
@@ -58,7 +58,7 @@ class AlpacaDataModule(L.LightningDataModule):
         task: Task = "sft",
         tokenizer: str = "smollm2-135m-instruct",
         template: Template | None = None,
-        splits: dict[str, int] | None = None,
+        splits: dict[str, int | None] | None = None,
         train_split: str | None = None,
         val_split: str | None = None,
         batch_size: int = 128,
@@ -82,6 +82,8 @@ class AlpacaDataModule(L.LightningDataModule):
         for name in filter(None, (train_split, val_split)):
             if name not in (splits or {}):
                 raise UserError(f"data: {name!r} is no key of data.splits, which has {sorted(splits or {})}.")
+        if val_split is not None and train_split is None and val is None:
+            raise UserError(f"data.val_split={val_split!r} needs data.train_split, or validation rows are trained on.")
         if task not in COLLATE:
             raise UserError(f"data.task={task!r} must be one of {', '.join(COLLATE)}.")
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
@@ -214,7 +216,7 @@ class AlpacaDataModule(L.LightningDataModule):
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "the files are empty"
 
 
-def take_split(rows: Sequence[Row], splits: dict[str, int], name: str) -> list[Row]:
+def take_split(rows: Sequence[Row], splits: dict[str, int | None], name: str) -> list[Row]:
     """The rows of one named split: prompts are ordered by a stable hash and dealt out in the order of `splits`.
 
     Rows with one prompt stay together, so a split may hold a few more than its size.
@@ -226,13 +228,16 @@ def take_split(rows: Sequence[Row], splits: dict[str, int], name: str) -> list[R
     def key(row: Row) -> str:
         return hashlib.sha256(repr(row.messages).encode()).hexdigest()
 
+    sizes = {name: size for name, size in splits.items() if size is not None}
+    if len(splits) - len(sizes) > 1 or any(size < 1 for size in sizes.values()):
+        raise UserError(f"data.splits={splits}: sizes must be at least 1, and at most one may be null (the rest).")
+    if sum(sizes.values()) > len(rows):
+        raise UserError(f"data.splits asks for {sum(sizes.values())} rows, data.train has {len(rows)}.")
     keys = {row.place: key(row) for row in rows}
     ordered = sorted(rows, key=lambda row: keys[row.place])
-    if sum(splits.values()) > len(rows):
-        raise UserError(f"data.splits asks for {sum(splits.values())} rows, data.train has {len(rows)}.")
     start = 0
     for split, size in splits.items():
-        end = start + size
+        end = start + (len(rows) - sum(sizes.values()) if size is None else size)
         while 0 < end < len(ordered) and keys[ordered[end].place] == keys[ordered[end - 1].place]:
             end += 1
         if split == name:

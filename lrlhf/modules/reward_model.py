@@ -72,6 +72,7 @@ class RewardModel(AlignmentModule):
         name = "test" if self.trainer.testing else "val"
         metrics = {"loss": self.val_loss, "accuracy": self.val_accuracy, "longer_accuracy": self.longer_accuracy}
         self.log_dict({f"{name}/{key}": metric.compute() for key, metric in metrics.items()}, prog_bar=True)
+        self.log(f"{name}/pairs", self.longer_accuracy.weight)
         for metric in metrics.values():
             metric.reset()
 

@@ -1,0 +1,157 @@
+"""`lrlhf align`: SFT, reward model and PPO, each an ordinary `fit` in its own folder, then a comparison and a report.
+
+A stage that is done is skipped: its folder holds stage.json with a fingerprint of everything it was made from. A change
+of its config, its overrides or a stage before it runs it again.
+"""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrlhf.errors import UserError
+
+STAGES = ("sft", "reward", "ppo")
+
+USAGE = """usage: lrlhf align --config configs/demo/align.yaml [--run FOLDER] [--seed N] [--STAGE.KEY VALUE ...]
+
+  --config FILE        names the run folder, the config files of each stage, and what to compare afterwards
+  --run FOLDER         another run folder than the file's
+  --seed N             another seed for every stage
+  --STAGE.KEY VALUE    passed to that stage's fit as --KEY VALUE, e.g. --ppo.trainer.limit_train_batches 4
+                       (STAGE is sft, reward or ppo)"""
+
+
+@dataclass
+class Plan:
+    """What an align run is made of."""
+
+    run: Path
+    stages: dict[str, list[str]]
+    compare: dict[str, Any]
+    overrides: dict[str, list[str]]
+
+    @classmethod
+    def read(cls, arguments: list[str]) -> "Plan":
+        """From the command line and the YAML file that it names.
+
+        Raises:
+            UserError: an unknown option or key, or a file that cannot be read.
+        """
+        options: dict[str, str] = {}
+        overrides: dict[str, list[str]] = {stage: [] for stage in STAGES}
+        for name, value in _pairs(arguments):
+            stage, _, key = name.partition(".")
+            if name in ("config", "run", "seed"):
+                options[name] = value
+            elif stage in STAGES and key:
+                overrides[stage] += [f"--{key}", value]
+            else:
+                raise UserError(f"align: unknown option --{name}; see lrlhf align --help.")
+        if "config" not in options:
+            raise UserError("align needs --config FILE, e.g. configs/demo/align.yaml.")
+        values = _read_yaml(Path(options["config"]))
+        unknown = values.keys() - {"run", "stages", "compare"}
+        if unknown:
+            raise UserError(
+                f"{options['config']}: unknown key {sorted(unknown)[0]!r}; it may have run, stages, compare."
+            )
+        stages = values.get("stages") or {}
+        for stage, files in stages.items():
+            if stage not in STAGES:
+                raise UserError(f"{options['config']}: unknown stage {stage!r}; stages are {', '.join(STAGES)}.")
+            if not isinstance(files, list) or not all(isinstance(f, str) for f in files):
+                raise UserError(f"{options['config']}: stages.{stage} must be a list of config files.")
+        if not stages:
+            raise UserError(f"{options['config']}: stages is empty; name config files for {', '.join(STAGES)}.")
+        if "seed" in options:
+            for stage in STAGES:
+                overrides[stage] += ["--seed_everything", options["seed"]]
+        run = Path(options.get("run") or values.get("run") or "runs/align")
+        ordered = {stage: stages[stage] for stage in STAGES if stage in stages}
+        return cls(run, ordered, values.get("compare") or {}, overrides)
+
+
+def align(arguments: list[str]) -> None:
+    """Run the stages that are not done, compare the policy with its reference, and write the report."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    plan = Plan.read(arguments)
+    upstream = ""
+    for stage in plan.stages:
+        upstream = _run_stage(plan, stage, upstream)
+    if "ppo" in plan.stages:
+        from lrlhf.comparison import compare
+        from lrlhf.report import write_report
+
+        compare(plan.run, **plan.compare)
+        write_report(plan.run)
+
+
+def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
+    """Fit one stage unless it is done; its fingerprint."""
+    from lrlhf.cli import run_stage
+
+    folder = plan.run / stage
+    arguments = ["fit"]
+    for file in plan.stages[stage]:
+        arguments += ["--config", file]
+    arguments += ["--trainer.default_root_dir", str(folder), *_links(plan, stage), *plan.overrides[stage]]
+    contents = [Path(file).read_text() for file in plan.stages[stage] if Path(file).is_file()]
+    fingerprint = hashlib.sha256(json.dumps([upstream, arguments, contents]).encode()).hexdigest()[:16]
+    record = folder / "stage.json"
+    if record.is_file() and json.loads(record.read_text())["fingerprint"] == fingerprint:
+        print(f"{stage}: done already in {folder}")
+        return fingerprint
+    print(f"{stage}: lrlhf {' '.join(arguments)}")
+    start = time.perf_counter()
+    run_stage(arguments)
+    scratch = record.with_suffix(f".{os.getpid()}")
+    scratch.write_text(
+        json.dumps({"fingerprint": fingerprint, "seconds": round(time.perf_counter() - start, 1)}) + "\n"
+    )
+    scratch.rename(record)
+    return fingerprint
+
+
+def _links(plan: Plan, stage: str) -> list[str]:
+    """Where a stage finds what the stages before it handed over."""
+    links = []
+    if stage != "sft" and "sft" in plan.stages:
+        links += ["--model.init_args.sft", str(plan.run / "sft" / "handover")]
+    if stage == "ppo" and "reward" in plan.stages:
+        links += ["--model.init_args.reward_model", str(plan.run / "reward" / "handover")]
+    return links
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(arguments)
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--"):
+            raise UserError(f"align: expected --OPTION VALUE, got {name!r}.")
+        name, has_value, value = name[2:].partition("=")
+        if not has_value:
+            if not rest:
+                raise UserError(f"align: --{name} needs a value.")
+            value = rest.pop(0)
+        pairs.append((name, value))
+    return pairs
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"align: there is no config file {path}.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys run, stages and compare.")
+    return values
