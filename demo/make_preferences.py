@@ -1,4 +1,4 @@
-"""How demo/data/preferences.jsonl was made: two responses of the demo's SFT model to each prompt, labelled by VADER.
+"""How demo/data/preferences.jsonl was made: VADER's best and worst of four responses of the demo's SFT model.
 
     python demo/make_preferences.py runs/demo/sft/handover
 
@@ -24,7 +24,12 @@ TEMPLATE = TextTemplate(
     with_input="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
 )
 SAMPLING = Sampling(max_new_tokens=48, temperature=0.8)
-SMALLEST_DIFFERENCE = 0.15
+SAMPLES = 4
+SMALLEST_DIFFERENCE = 0.3
+
+
+def score(gold: torch.Tensor, sample: int, row: int) -> float:
+    return round(float(gold[sample, row]), 4)
 
 
 def main(folder: str) -> None:
@@ -37,23 +42,25 @@ def main(folder: str) -> None:
     stop = torch.tensor([data.tokenizer.eos_token_id])
     rows = []
     for number, batch in enumerate(data.predict_dataloader()):
-        sides = []
-        for side in range(2):
-            draws = torch.rand(len(batch), SAMPLING.max_new_tokens, generator=generator(0, "pairs", number, side))
+        samples = []
+        for sample in range(SAMPLES):
+            draws = torch.rand(len(batch), SAMPLING.max_new_tokens, generator=generator(0, "pairs", number, sample))
             with backbone.role("sft"):
                 ids, mask = sample_responses(
                     backbone, batch.prompt_ids, batch.prompt_mask, sampling=SAMPLING, stop_ids=stop, uniforms=draws
                 )
-            sides.append([data.tokenizer.decode(r[m], skip_special_tokens=True).strip() for r, m in zip(ids, mask)])
-        gold = [vader_sentiment([], side) for side in sides]
+            samples.append([data.tokenizer.decode(r[m], skip_special_tokens=True).strip() for r, m in zip(ids, mask)])
+        gold = torch.stack([vader_sentiment([], texts) for texts in samples])
         for i in range(len(batch)):
-            source = prompts[number * 32 + i]
-            difference = float(gold[0][i] - gold[1][i])
-            if abs(difference) >= SMALLEST_DIFFERENCE:
-                pair = {"output_1": sides[0][i], "output_2": sides[1][i], "preference": 1 if difference > 0 else 2}
-                rows.append(
-                    {**source, **pair, "gold_1": round(float(gold[0][i]), 4), "gold_2": round(float(gold[1][i]), 4)}
-                )
+            best, worst = int(gold[:, i].argmax()), int(gold[:, i].argmin())
+            if gold[best, i] - gold[worst, i] < SMALLEST_DIFFERENCE:
+                continue
+            first = (number + i) % 2
+            pair = (best, worst) if first == 0 else (worst, best)
+            row = {**prompts[number * 32 + i], "output_1": samples[pair[0]][i], "output_2": samples[pair[1]][i]}
+            rows.append(
+                row | {"preference": 1 + first, "gold_1": score(gold, pair[0], i), "gold_2": score(gold, pair[1], i)}
+            )
         print(f"{len(rows)} pairs of {(number + 1) * 32} prompts", flush=True)
     (DATA / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

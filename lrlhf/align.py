@@ -55,13 +55,20 @@ class Plan:
                 raise UserError(f"align: unknown option --{name}; see lrlhf align --help.")
         if "config" not in options:
             raise UserError("align needs --config FILE, e.g. configs/demo/align.yaml.")
-        values = _read_yaml(Path(options["config"]))
+        values = read_yaml(Path(options["config"]), "keys run, stages and compare")
         unknown = values.keys() - {"run", "stages", "compare"}
         if unknown:
             raise UserError(
                 f"{options['config']}: unknown key {sorted(unknown)[0]!r}; it may have run, stages, compare."
             )
-        stages = values.get("stages") or {}
+        stages, compare = values.get("stages") or {}, values.get("compare") or {}
+        for name, section in {"stages": stages, "compare": compare}.items():
+            if not isinstance(section, dict):
+                raise UserError(f"{options['config']}: {name} must hold keys, got {section!r}.")
+        if unknown := compare.keys() - {"gold", "prompts", "count"}:
+            raise UserError(
+                f"{options['config']}: unknown key compare.{sorted(unknown)[0]}; it may have gold, prompts, count."
+            )
         for stage, files in stages.items():
             if stage not in STAGES:
                 raise UserError(f"{options['config']}: unknown stage {stage!r}; stages are {', '.join(STAGES)}.")
@@ -74,7 +81,7 @@ class Plan:
                 overrides[stage] += ["--seed_everything", options["seed"]]
         run = Path(options.get("run") or values.get("run") or "runs/align")
         ordered = {stage: stages[stage] for stage in STAGES if stage in stages}
-        return cls(run, ordered, values.get("compare") or {}, overrides)
+        return cls(run, ordered, compare, overrides)
 
 
 def align(arguments: list[str]) -> None:
@@ -106,7 +113,7 @@ def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
     contents = [Path(file).read_text() for file in plan.stages[stage] if Path(file).is_file()]
     fingerprint = hashlib.sha256(json.dumps([upstream, arguments, contents]).encode()).hexdigest()[:16]
     record = folder / "stage.json"
-    if record.is_file() and json.loads(record.read_text())["fingerprint"] == fingerprint:
+    if record.is_file() and f'"{fingerprint}"' in record.read_text():
         print(f"{stage}: done already in {folder}")
         return fingerprint
     print(f"{stage}: lrlhf {' '.join(arguments)}")
@@ -145,13 +152,20 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, expected: str) -> dict[str, Any]:
+    """The keys of a config file.
+
+    Raises:
+        UserError: no such file, or one that holds no YAML or no keys.
+    """
     if not path.is_file():
-        raise UserError(f"align: there is no config file {path}.")
+        raise UserError(f"there is no config file {path}.")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())  # type: ignore
+        raise UserError(f"{path}: not valid YAML ({where}).") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected keys run, stages and compare.")
+        raise UserError(f"{path}: expected {expected}, got {type(values).__name__}.")
     return values

@@ -55,7 +55,7 @@ class Handover:
         try:
             values = json.loads(path.read_text())
             handover = cls(folder=path.parent, **{**values, "stack": tuple(values["stack"])})
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); run its stage again.") from None
         for adapter, digest in handover.adapters.items():
             if _digest(handover.folder / adapter) != digest:

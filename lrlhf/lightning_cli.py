@@ -1,8 +1,11 @@
 """LightningCLI with two links, one run folder, and one sentence for a config that cannot be used."""
 
 import re
+import textwrap
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
+from zipfile import is_zipfile
 
 import lightning as L
 import yaml
@@ -11,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
+from lrlhf.align import read_yaml
 from lrlhf.callbacks import PredictionWriter
 from lrlhf.errors import UserError
 
@@ -22,16 +26,65 @@ class Parser(LightningArgumentParser):
         """Raise what jsonargparse would print."""
         raise UserError(one_sentence(message)) from ex
 
+    def instantiate_classes(self, *arguments: Any, **options: Any) -> Namespace:
+        """A setting that a class refuses is the user's to mend, however deep jsonargparse wraps the refusal."""
+        try:
+            return super().instantiate_classes(*arguments, **options)
+        except ValueError as error:
+            raise UserError(one_sentence(str(error))) from error
+
+
+WORDING = (
+    (r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'.*", r"config key \1: there is no such key"),
+    (r"[Uu]nrecognized arguments: (--?[^\s=]+).*", r"unknown option \1; lrlhf COMMAND --help lists them"),
+    (r"[Uu]nrecognized arguments: (.*)", r"unexpected argument \1"),
+    (r"(?:File does not exist|Path is not a file): '(.*)'", r"there is no config file \1"),
+    (r"Problem with given class_path '(.*?)': (.*)", r"class_path \1 cannot be used (\2)"),
+    (r"Type .* expects a function or a callable class: (.*)\. Got value: (.*)", r"\2 cannot be imported (\1)"),
+    (r"Expected an? (.*)\. Got value: (.*)", r"expected \1, got \2"),
+    (r"the following arguments are required: (.*)", r"\1 must be given"),
+    (r"Import path does not correspond to a subclass of (\w+)", r"expected the class path of a \1"),
+)
+"""What jsonargparse says, and what we say."""
+
+TYPES = (
+    (r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1"),
+    (r"NoneType", "null"),
+    (r"typing\.Literal\[(.*?)\]", r"one of \1"),
+    (r"dot import path string: [^,\s]+", "an import path"),
+)
+"""The same for the names of types, wherever they stand."""
+
 
 def one_sentence(message: str) -> str:
-    """What is wrong in a jsonargparse message: the key it is about, and the innermost reason."""
-    lines = [line.strip(" -\n") for line in message.splitlines() if line.strip()]
-    keys = re.findall(r"""(?:Parser key|Key|key|option|field) ['"]([\w.+-]+)['"]""", message)
-    noise = r"(Problem with given class_path|Parser key|Does not validate|Given value type|Given value:)"
-    reasons = [line for line in lines if not re.match(noise, line)] or lines
-    reason = reasons[-1].rstrip(".")
-    where = f"config key {keys[0]}: " if keys and keys[0] not in reason else ""
-    return f"{where}{reason}."
+    """What is wrong in a jsonargparse message: the whole key it is about, and the innermost reason."""
+    key, text = "", re.sub(r"^\s*- Expected a path but .*\n", "", message, flags=re.MULTILINE).strip()
+    if named := re.match(r'Parser key "(.*?)":\s*(?:- )?', text):
+        key, text = named[1].removeprefix("config"), text[named.end() :]
+    reason = " ".join(_reason(text).split()).rstrip(".")
+    for theirs, ours in WORDING:
+        reason = re.sub(f"^{theirs}$", ours, reason)
+    for theirs, ours in TYPES:
+        reason = re.sub(theirs, ours, reason)
+    if key and reason.startswith("config key "):
+        return reason.replace("config key ", f"config key {key}.", 1) + "."
+    return f"config key {key}: {reason}." if key else f"{reason}."
+
+
+def _reason(text: str) -> str:
+    """Of the types that a value could have had, the one whose objection says most."""
+    header, found, rest = text.partition("Errors:\n")
+    if not found:
+        return text
+    indent = len(header) - len(header.rstrip(" "))
+    inside = takewhile(lambda line: line.startswith(" " * (indent + 1)), rest.splitlines())
+    reasons = re.split(r"^- ", textwrap.dedent("\n".join(inside)), flags=re.MULTILINE)[1:]
+    telling = [reason for reason in reasons if not re.match("Expected an? |Not a valid subclass", reason)]
+    if telling:
+        return one_sentence(telling[0])
+    value = rest.splitlines()[-1].partition("Given value: ")[2]
+    kinds = [re.sub("^(Expected an?|Not a valid) ", "", reason.splitlines()[0]) for reason in reasons]
+    return f"expected {' or '.join(kinds)}, got {textwrap.shorten(value, 80)}"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -64,6 +117,9 @@ class AlignmentCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """From a list of arguments, also when the process has others of its own."""
+        for option, value in pairwise(args or []):
+            if option in ("--config", "-c") and Path(value).is_file():
+                read_yaml(Path(value), "keys such as trainer, model and data")
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -82,14 +138,28 @@ class AlignmentCLI(LightningCLI):
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
         if self.subcommand == "predict" and not _has(callbacks, PredictionWriter):
             callbacks = [*callbacks, PredictionWriter()]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"trainer: {one_sentence(str(error))}") from error
+
+    def before_fit(self) -> None:
+        """Refuse a checkpoint to go on from that cannot be read."""
+        self._check_checkpoint()
+
+    def _check_checkpoint(self) -> str | None:
+        path = self.config_init[str(self.subcommand)].get("ckpt_path")
+        if path is not None and path not in ("best", "last", "hpc"):
+            if not Path(path).is_file():
+                raise UserError(f"ckpt_path={path}: there is no such file.")
+            if not is_zipfile(path):
+                raise UserError(f"ckpt_path={path} is no checkpoint, or damaged; give a file of a run's checkpoints/.")
+        return path
 
     def _use_last_checkpoint(self) -> None:
         """Evaluate the run's own newest checkpoint unless --ckpt_path names another."""
         config = self.config_init[str(self.subcommand)]
-        if config.get("ckpt_path") is not None:
-            if not Path(config["ckpt_path"]).is_file() and config["ckpt_path"] not in ("best", "last", "hpc"):
-                raise UserError(f"ckpt_path={config['ckpt_path']}: there is no such file.")
+        if self._check_checkpoint() is not None:
             return
         last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if not last.is_file():
@@ -98,6 +168,7 @@ class AlignmentCLI(LightningCLI):
             )
         print(f"Using {last}")
         config["ckpt_path"] = str(last)
+        self._check_checkpoint()
 
     before_validate = before_test = before_predict = _use_last_checkpoint
 

@@ -84,6 +84,8 @@ class AlpacaDataModule(L.LightningDataModule):
                 raise UserError(f"data: {name!r} is no key of data.splits, which has {sorted(splits or {})}.")
         if val_split is not None and train_split is None and val is None:
             raise UserError(f"data.val_split={val_split!r} needs data.train_split, or validation rows are trained on.")
+        if val is None and val_split is not None and val_split == train_split:
+            raise UserError(f"data.val_split={val_split!r} is data.train_split too; validation rows are trained on.")
         if task not in COLLATE:
             raise UserError(f"data.task={task!r} must be one of {', '.join(COLLATE)}.")
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
@@ -96,6 +98,7 @@ class AlpacaDataModule(L.LightningDataModule):
         self.group_by_length, self.num_workers = group_by_length, num_workers
         self.rows: dict[str, list[Tokenized]] = {}
         self.dropped: Counter[str] = Counter()
+        self._ties: Counter[str] = Counter()
 
     # Lightning's hooks
 
@@ -185,7 +188,8 @@ class AlpacaDataModule(L.LightningDataModule):
         names = [sources] if isinstance(sources, str) else sources or []
         rows = [row for name in names for row in read_rows(name, ties)]
         if ties:
-            self.dropped["ties"] = sum(ties.values())
+            self._ties |= ties
+            self.dropped["ties"] = sum(self._ties.values())
         return rows
 
     def _tokenize(self, row: Row, need: int) -> Tokenized | None:
@@ -241,6 +245,8 @@ def take_split(rows: Sequence[Row], splits: dict[str, int | None], name: str) ->
         while 0 < end < len(ordered) and keys[ordered[end].place] == keys[ordered[end - 1].place]:
             end += 1
         if split == name:
+            if start >= end:
+                raise UserError(f"data.splits={splits}: of {len(rows)} rows none is left for {name!r}.")
             return ordered[start:end]
         start = end
     raise UserError(f"data.splits has no {name!r}.")

@@ -6,7 +6,7 @@
 | pairs | instruction or prompt, input, and output_1, output_2 (or completion_a, completion_b) with a verdict |
 | chosen/rejected | messages, prompt or instruction, with chosen and rejected; or whole "Human: Assistant:" dialogues |
 | chat | messages: [{role, content}, ...] ending with the assistant |
-| ShareGPT | conversations: [{from, value}, ...] ending with gpt |
+| ShareGPT | conversations: [{from, value}, ...] ending with gpt; function_call and observation turns are read too |
 
 The verdict of a pair is `preference` or `label` (1 or 2; 0 or 1.5 is a tie), `preference` as "a-is-better", or the
 majority of `annotator1`, `annotator2`, ... Ties carry no preference and are dropped and counted.
@@ -24,6 +24,18 @@ from typing import Any
 from lrlhf.errors import UserError
 
 Record = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+"""Who speaks, in ShareGPT's words and in those of chat templates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +151,8 @@ def _parse(record: Any, place: str) -> Row:
         responses = pair
         if not pair and messages[-1][0] == "assistant":
             responses, messages = (messages[-1][1],), messages[:-1]
-        if not messages or messages[-1][0] != "user":
-            raise BadRow("the turn before the response must be the user's")
+        if not messages or messages[-1][0] not in ("user", "tool"):
+            raise BadRow("the turn before the response must be the user's or a tool's")
         return Row(messages, messages[-1][1], "", responses, margin, place)
     name = next((n for n in ("instruction", "prompt", "input") if _given(record, n)), None)
     if name is None:
@@ -175,8 +187,8 @@ def _turns(record: Record) -> tuple[tuple[str, str], ...]:
     for position, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get(what), str) or not isinstance(turn.get(who), str):
             raise BadRow(f"turn {position} of {column} must have {who} and {what} as text")
-        role = {"human": "user", "gpt": "assistant"}.get(turn[who], turn[who])
-        if role not in ("system", "user", "assistant", "tool"):
+        role = ROLES.get(turn[who], turn[who])
+        if role not in ROLES.values():
             raise BadRow(f"turn {position} of {column} has the unknown role {turn[who]!r}")
         messages.append((role, turn[what]))
     return tuple(messages)
@@ -196,6 +208,8 @@ def _pair(record: Record) -> tuple[str, ...]:
 def _verdict(record: Record) -> int:
     votes = [record[name] for name in sorted(record) if re.fullmatch(r"annotator\d+", name)]
     if votes:
+        if not all(isinstance(vote, int | float | str) for vote in votes):
+            raise BadRow(f"annotators' votes must be numbers, got {votes!r}")
         (verdict, count), *others = Counter(votes).most_common()
         if others and others[0][1] == count:
             raise Tie
@@ -206,22 +220,35 @@ def _verdict(record: Record) -> int:
     words = re.match(r"(a|b)-is-(slightly-)?better$|tie$", str(verdict))
     if words:
         verdict = {"a": 1, "b": 2, None: 0}[words.group(1)]
-    if verdict in (0, 1.5, "0", "1.5"):
+    if verdict in (0, 1.5, "0", "1.5") and verdict is not False:
         raise Tie
-    if verdict not in (1, 2, "1", "2"):
+    if verdict not in (1, 2, "1", "2") or verdict is True:
         raise BadRow(f"preference must be 1 or 2 (0 or 1.5 for a tie), got {verdict!r}")
     return int(verdict)
 
 
 def _dialogue(chosen: str, rejected: str) -> tuple[tuple[tuple[str, str], ...], tuple[str, str]]:
-    """Two whole dialogues that differ in the last answer alone, as messages and (chosen, rejected)."""
+    """Two whole dialogues as the turns they share and (chosen, rejected): what follows, from the assistant's turn on.
+
+    In a few rows of HH-RLHF the assistant went on to speak for the human; all of that belongs to its response.
+    """
 
     def parse(text: str) -> list[tuple[str, str]]:
         parts = re.split(r"\n\n(Human|Assistant): ?", "\n\n" + text.lstrip("\n"))
         roles = {"Human": "user", "Assistant": "assistant"}
         return [(roles[who], what.strip()) for who, what in zip(parts[1::2], parts[2::2], strict=True)]
 
+    if chosen == rejected:
+        raise Tie
     left, right = parse(chosen), parse(rejected)
-    if not left or left[:-1] != right[:-1] or left[-1][0] != "assistant" or len(left) < 2:
+    shared = next((i for i, turns in enumerate(zip(left, right, strict=False)) if turns[0] != turns[1]), 0)
+    turns = (left[max(shared - 1, 0) : shared], left[shared : shared + 1], right[shared : shared + 1])
+    speakers = [role for part in turns for role, _ in part]
+    if speakers != ["user", "assistant", "assistant"] or min(len(left), len(right)) != shared + 1:
         raise BadRow("chosen and rejected must be one dialogue with two different last answers")
-    return tuple(left[:-1]), (left[-1][1], right[-1][1])
+
+    def answer(turns: list[tuple[str, str]]) -> str:
+        names = {"user": "Human", "assistant": "Assistant"}
+        return "\n\n".join([turns[0][1], *(f"{names[who]}: {what}" for who, what in turns[1:])])
+
+    return tuple(left[:shared]), (answer(left[shared:]), answer(right[shared:]))

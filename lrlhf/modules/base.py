@@ -141,7 +141,10 @@ class AlignmentModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer of everything that trains, and its schedule over the batches of this fit."""
-        optimizer = self.optimizer(self.backbone.trainable())
+        try:
+            optimizer = self.optimizer(self.backbone.trainable())
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.optimizer: {str(error).rstrip('.')}.") from error
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("the run has no end: set trainer.max_epochs.")

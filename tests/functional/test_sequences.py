@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from lrlhf.functional import last_true, position_ids, response_mask
+
+EOS = 2
+T, F = True, False
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([5, 6, EOS, 0], [T, T, T, F]),
+        ([5, EOS, EOS, EOS], [T, T, F, F]),  # padded with EOS: the first one counts, the rest is padding
+        ([EOS, 5, 6, 7], [T, F, F, F]),
+        ([5, 6, 7, 8], [T, T, T, T]),
+        ([5, 6, 7, EOS], [T, T, T, T]),
+        ([0, 0, EOS, 0], [T, T, T, F]),  # a pad id that was sampled is a token like any other
+        ([5, 9, 6, EOS], [T, T, F, F]),  # another stop token
+    ],
+)
+def test_a_response_ends_with_its_first_stop_token(tokens, expected):
+    assert response_mask(torch.tensor([tokens]), torch.tensor([EOS, 9])).tolist() == [expected]
+
+
+def test_rows_end_independently():
+    tokens = torch.tensor([[EOS, 5, 6], [5, 6, EOS], [5, 6, 7]])
+    assert response_mask(tokens, torch.tensor([EOS])).sum(-1).tolist() == [1, 3, 3]
+
+
+def test_without_stop_tokens_a_response_never_ends():
+    assert response_mask(torch.tensor([[1, 2, 3]]), torch.tensor([], dtype=torch.long)).all()
+
+
+def test_the_last_true_position_is_marked_and_a_row_without_one_stays_false():
+    mask = torch.tensor([[T, T, F, F], [T, T, T, T], [T, F, F, F], [F, F, F, F]])
+    expected = [[F, T, F, F], [F, F, F, T], [T, F, F, F], [F, F, F, F]]
+    assert last_true(mask).tolist() == expected
+
+
+def test_positions_count_from_the_first_true_token():
+    mask = torch.tensor([[F, F, T, T, T], [T, T, T, T, T], [F, F, F, F, T]])
+    positions = position_ids(mask)
+    assert positions.dtype == torch.int64
+    assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]]
+
+
+def test_left_padding_leaves_the_positions_of_tokens_alone():
+    mask = torch.tensor([[T, T, T]])
+    padded = torch.nn.functional.pad(mask, (4, 0))
+    assert torch.equal(position_ids(padded)[:, 4:], position_ids(mask))

@@ -1,0 +1,368 @@
+"""PPO does what its paper says, on a model small enough to know the answer."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+
+from lrlhf import AdaptiveCoefficient, DivergenceCallback, MissingEOSPenalty, RolloutCallback, Sampling, TextTemplate, UserError
+from lrlhf.functional import exact_kl, js, kl
+from lrlhf.metrics import Means
+from lrlhf.types import Experience, Prompts, Rollout, Sequences
+from tests.modules.helpers import ppo, prompt_data, train_reward, train_sft, trainer
+
+
+class Recorder(RolloutCallback):
+    """Keeps what PPO shows its callbacks."""
+
+    def __init__(self):
+        self.rollouts, self.rewards, self.metrics = [], [], []
+
+    def on_rollout_end(self, trainer, policy, rollout, rewards):
+        self.rollouts.append(rollout)
+        self.rewards.append(rewards)
+
+    def on_train_batch_end(self, trainer, *_):
+        self.metrics.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def fit(tmp_path, module, data, *callbacks, batches=2, **settings) -> Recorder:
+    recorder = Recorder()
+    runner = trainer(
+        tmp_path, callbacks=[*callbacks, recorder], limit_train_batches=batches, enable_checkpointing=False, **settings
+    )
+    runner.fit(module, data)
+    return recorder
+
+
+def experience_of(module, tiny_llama, data_files, tmp_path) -> Experience:
+    """One real experience, of a policy that has moved away from its reference."""
+    fit(tmp_path, module, prompt_data(tiny_llama, data_files), batches=1)
+    module.seed, module.iteration = 0, 5
+    with torch.no_grad():
+        for p in module.backbone.trainable():
+            p.add_(0.02 * torch.randn_like(p))
+    batch = next(iter(prompt_data_loader(tiny_llama, data_files)))
+    rollout = module.rollout(batch, "test", 0)
+    rewards = torch.randn(rollout.response_mask.shape) * rollout.response_mask
+    experience = module.estimate_advantages(rollout, rewards)
+    old = experience.logprobs + 0.1 * torch.randn_like(experience.logprobs)
+    fields = {f: getattr(experience, f) for f in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")}
+    rest = {f: getattr(experience, f) for f in ("values", "scores", "advantages", "returns")}
+    return Experience(**fields, **rest, logprobs=old * experience.response_mask)
+
+
+def prompt_data_loader(base, files):
+    data = prompt_data(base, files)
+    data.setup("fit")
+    return data.train_dataloader()
+
+
+def gradients(module, experience) -> list[torch.Tensor]:
+    for p in module.backbone.trainable():
+        p.grad = None
+    with module.backbone.training_pass(dropout=False):
+        for loss in module.losses(experience, Means()):
+            loss.backward()
+    return [p.grad.clone() for p in module.backbone.trainable()]
+
+
+def test_at_learning_rate_zero_every_ratio_is_one_and_no_weight_moves(tmp_path, tiny_llama, data_files):
+    module = ppo(tiny_llama, lr=0.0)
+    recorder = fit(tmp_path, module, prompt_data(tiny_llama, data_files))
+    for metrics in recorder.metrics:
+        # old and new log-probs come from one code path; another batch width rounds fp32 sums differently
+        assert abs(metrics["train/update_kl"]) < 1e-6
+        assert metrics["train/clip_fraction"] == 0
+    assert module.backbone.heads["critic"].weight.abs().sum() == 0
+
+
+def test_the_score_lands_on_the_last_response_token_and_nowhere_else(tmp_path, tiny_llama, data_files):
+    recorder = fit(tmp_path, ppo(tiny_llama), prompt_data(tiny_llama, data_files))
+    for rollout, rewards in zip(recorder.rollouts, recorder.rewards, strict=True):
+        for row in range(len(rollout)):
+            expected = torch.zeros(rewards.shape[1])
+            expected[int(rollout.response_mask[row].sum()) - 1] = rollout.scores[row]
+            assert torch.equal(rewards[row], expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_gradients_do_not_depend_on_the_micro_batch(tmp_path, tiny_llama, data_files, size):
+    module = ppo(tiny_llama, entropy_coefficient=0.01)
+    experience = experience_of(module, tiny_llama, data_files, tmp_path)
+    module.micro_batch_size = 8
+    whole = gradients(module, experience)
+    module.micro_batch_size = size
+    for a, b in zip(whole, gradients(module, experience), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+    assert max(float(g.abs().max()) for g in whole) > 1e-3
+
+
+def test_gradients_do_not_depend_on_left_padding_or_order(tmp_path, tiny_llama, data_files):
+    module = ppo(tiny_llama)
+    experience = experience_of(module, tiny_llama, data_files, tmp_path)
+    module.micro_batch_size = 8
+    whole = gradients(module, experience)
+    order = torch.randperm(len(experience))
+    moved = experience.rows(order)
+    pad = torch.zeros(len(moved), 9, dtype=torch.long)
+    values = {name: getattr(moved, name) for c in (Experience, Rollout, Sequences) for name in c.__slots__}
+    values["prompt_ids"] = torch.cat([pad, moved.prompt_ids], 1)
+    values["prompt_mask"] = torch.cat([pad.bool(), moved.prompt_mask], 1)
+
+    class Untrimmed(Experience):
+        def micro_batches(self, size):
+            yield torch.arange(len(self)), self
+
+    for a, b in zip(whole, gradients(module, Untrimmed(**values)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+def test_the_loss_is_the_paper_s_by_hand(tmp_path, tiny_llama, data_files):
+    module = ppo(tiny_llama)
+    experience = experience_of(module, tiny_llama, data_files, tmp_path)
+    mask, ratio_range = experience.response_mask, 0.2
+    new = module.logprobs(experience, "policy").double()
+    total = 0.0
+    for b, t in mask.nonzero().tolist():
+        ratio = math.exp(new[b, t] - experience.logprobs[b, t].double())
+        advantage = float(experience.advantages[b, t])
+        total += max(-advantage * ratio, -advantage * min(max(ratio, 1 - ratio_range), 1 + ratio_range))
+    with module.backbone.training_pass(dropout=False):
+        means = Means()
+        list(module.losses(experience, means))
+    assert means.compute()["policy_loss"] == pytest.approx(total / int(mask.sum()), rel=1e-4)
+
+
+def test_a_fit_changes_only_the_policy_the_critic_and_its_head(tmp_path, tiny_llama, data_files):
+    sft = train_sft(tiny_llama, data_files, tmp_path / "sft")
+    train_reward(tiny_llama, data_files, tmp_path / "reward", sft=str(tmp_path / "sft/handover"))
+    module = ppo(
+        tiny_llama,
+        reward_function=None,
+        sft=str(tmp_path / "sft/handover"),
+        reward_model=str(tmp_path / "reward/handover"),
+    )
+    module.configure_model()
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    fit(tmp_path, module, prompt_data(tiny_llama, data_files))
+    changed = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if ".policy." in n or ".critic." in n}
+    assert module.trainable_names() == changed
+    assert torch.equal(
+        module.backbone.model.model.layers[0].self_attn.q_proj.lora_B.sft.weight,
+        sft.backbone.model.model.layers[0].self_attn.q_proj.lora_B.sft.weight,
+    )
+
+
+def test_critic_warmup_leaves_the_policy_alone(tmp_path, tiny_llama, data_files):
+    module = ppo(tiny_llama, critic_warmup=2)
+    module.configure_model()
+    before = [p.clone() for p in module.backbone.trainable("policy")]
+    fit(tmp_path, module, prompt_data(tiny_llama, data_files))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.backbone.trainable("policy"), strict=True))
+    assert module.backbone.heads["critic"].weight.abs().sum() > 0
+
+
+def test_inner_epochs_stop_when_the_update_is_too_far(tmp_path, tiny_llama, data_files):
+    far = fit(
+        tmp_path, ppo(tiny_llama, lr=0.1, inner_epochs=5, target_update_kl=1e-4), prompt_data(tiny_llama, data_files)
+    )
+    free = fit(tmp_path, ppo(tiny_llama, lr=0.1, inner_epochs=5), prompt_data(tiny_llama, data_files))
+    assert far.metrics[0]["train/inner_epochs"] < 5
+    assert free.metrics[0]["train/inner_epochs"] == 5
+
+
+def test_a_missing_end_costs_the_penalty_at_the_last_token(tmp_path, tiny_llama, data_files):
+    plain = fit(tmp_path, ppo(tiny_llama, lr=0.0), prompt_data(tiny_llama, data_files), batches=1)
+    taxed = fit(
+        tmp_path, ppo(tiny_llama, lr=0.0), prompt_data(tiny_llama, data_files), MissingEOSPenalty(2.5), batches=1
+    )
+    rollout = plain.rollouts[0]
+    for row in range(len(rollout)):
+        length = int(rollout.response_mask[row].sum())
+        expected = plain.rewards[0][row].clone()
+        if rollout.response_ids[row, length - 1] != 2:
+            expected[length - 1] -= 2.5
+        assert torch.equal(taxed.rewards[0][row], expected)
+
+
+@pytest.mark.parametrize("function", [kl, js, exact_kl])
+def test_the_penalty_is_the_coefficient_times_the_divergence_at_every_token(tmp_path, tiny_llama, data_files, function):
+    module = ppo(tiny_llama, lr=0.05)
+    callback = DivergenceCallback(function, coefficient=0.3)
+    recorder = fit(tmp_path, module, prompt_data(tiny_llama, data_files), callback, batches=1)
+    rollout = recorder.rollouts[0]  # sampled before the first step: divergence 0
+    assert recorder.metrics[0][f"train/divergence/{function.__name__}"] == pytest.approx(0, abs=1e-7)
+    shaped = callback.shape_rewards(module.trainer, LoggingOff(module), rollout, torch.zeros_like(recorder.rewards[0]))
+    logits = {}
+    for role in ("policy", "reference"):
+        with torch.no_grad(), module.backbone.role(role):
+            logits[role] = module.backbone.lm_head(module.backbone.encode(rollout)[:, :-1]).double().log_softmax(-1)
+    p, q = logits["policy"], logits["reference"]
+    if function is exact_kl:
+        expected = (p.exp() * (p - q)).sum(-1)
+    else:
+        pick = rollout.response_ids[..., None]
+        expected = function(rollout.logprobs.double(), q.gather(-1, pick).squeeze(-1))
+    torch.testing.assert_close(shaped.double(), -0.3 * expected * rollout.response_mask, atol=1e-5, rtol=1e-4)
+    assert shaped.abs().sum() >= 0
+
+
+class LoggingOff:
+    """The policy, outside a Lightning hook: everything but its log."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def log_dict(self, *_, **__):
+        pass
+
+
+def test_without_a_divergence_callback_no_reference_pass_is_paid(tmp_path, tiny_llama, data_files):
+    passes = []
+
+    class Counting(type(ppo(tiny_llama))):
+        def logprobs(self, sequences, role):
+            passes.append(role)
+            return super().logprobs(sequences, role)
+
+    def count(*callbacks):
+        passes.clear()
+        template = ppo(tiny_llama)
+        module = Counting(
+            base_model=tiny_llama, lora=template.lora, schedule=template.schedule, reward_function=template.reward_function,
+            minibatch_size=4, sampling=template.sampling, optimizer=template.optimizer,
+        )  # fmt: skip
+        module._checked = True
+        fit(tmp_path, module, prompt_data(tiny_llama, data_files), *callbacks, batches=1)
+        return passes.count("reference")
+
+    assert count() == 0
+    assert count(DivergenceCallback(kl, also_log=[js])) == 1
+
+
+def test_the_adaptive_coefficient_follows_ziegler_s_rule():
+    rule = AdaptiveCoefficient(target=6.0, initial=0.02, rate=0.1, limit=0.2)
+    assert rule.next(0.02, 6.0) == 0.02
+    assert rule.next(0.02, 6.6) == pytest.approx(0.02 * (1 + 0.1 * 0.1))
+    assert rule.next(0.02, 60.0) == pytest.approx(0.02 * 1.02)
+    assert rule.next(0.02, 0.0) == pytest.approx(0.02 * 0.98)
+
+
+def test_an_adaptive_coefficient_moves_in_training_only_and_remembers(tmp_path, tiny_llama, data_files):
+    callback = DivergenceCallback(kl, AdaptiveCoefficient(target=1e-9, initial=0.02))
+    data = prompt_data(tiny_llama, data_files, val=data_files["prompts"], val_limit=8)
+    fit(tmp_path, ppo(tiny_llama), data, callback, batches=3)
+    # divergence 0 in the first iteration (-20 %), then above the tiny target (or negative: the sampled sum may be)
+    steps = [1.02, 0.98]
+    assert any(callback.coefficient == pytest.approx(0.02 * 0.98 * a * b) for a in steps for b in steps)
+    other = DivergenceCallback(kl, AdaptiveCoefficient())
+    other.load_state_dict(callback.state_dict())
+    assert other.coefficient == callback.coefficient
+
+
+def test_a_nan_reward_stops_the_run_before_the_weights_change(tmp_path, tiny_llama, data_files):
+    def broken(prompts, responses):
+        return torch.tensor([float("nan")] * len(responses))
+
+    module = ppo(tiny_llama, reward_function=broken)
+    module.configure_model()
+    before = [p.clone() for p in module.backbone.trainable()]
+    with pytest.raises(UserError, match="reward is not finite in iteration 0"):
+        fit(tmp_path, module, prompt_data(tiny_llama, data_files))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.backbone.trainable(), strict=True))
+
+
+def test_a_constant_reward_trains_without_noise(tmp_path, tiny_llama, data_files):
+    def constant(prompts, responses):
+        return torch.ones(len(responses))
+
+    recorder = fit(tmp_path, ppo(tiny_llama, reward_function=constant), prompt_data(tiny_llama, data_files))
+    assert all(math.isfinite(v) for m in recorder.metrics for v in m.values())
+
+
+@pytest.mark.parametrize("stop", ["first", "never"])
+def test_responses_that_end_at_once_or_never_survive(tmp_path, tiny_llama, data_files, stop):
+    module = ppo(tiny_llama)
+    module.configure_model()
+    module.stop_ids = torch.arange(0, 300) if stop == "first" else torch.tensor([9999])
+    recorder = fit(tmp_path, module, prompt_data(tiny_llama, data_files))
+    lengths = {int(n) for r in recorder.rollouts for n in r.lengths}
+    assert lengths == ({1} if stop == "first" else {8})
+    assert all(math.isfinite(v) for m in recorder.metrics for v in m.values())
+
+
+def test_a_batch_of_one_and_a_prompt_at_the_limit_survive(tmp_path, tiny_llama, data_files):
+    data = prompt_data(tiny_llama, data_files, batch_size=1)
+    data.setup("fit")
+    longest = max(len(row.prompt) for row in data.rows["train"])
+    data = prompt_data(tiny_llama, data_files, batch_size=1, max_prompt_tokens=longest)
+    recorder = fit(tmp_path, ppo(tiny_llama, minibatch_size=1), data)
+    assert all(math.isfinite(v) for m in recorder.metrics for v in m.values())
+
+
+def test_pad_equal_to_eos_keeps_the_real_eos(tmp_path, tmp_path_factory, data_files):
+    from tests.conftest import save_tiny_llama
+
+    base = str(save_tiny_llama(tmp_path_factory.mktemp("pad-eos"), pad="</s>"))
+    sft = train_sft(base, data_files, tmp_path / "sft", lr=3e-2, max_epochs=8)
+    batch = sft.trainer.datamodule.train_dataloader().collate_fn(sft.trainer.datamodule.rows["train"][:4])
+    assert (batch.response_ids[torch.arange(4), batch.lengths - 1] == sft.tokenizer.eos_token_id).all()
+    recorder = fit(tmp_path, ppo(base, sft=str(tmp_path / "sft/handover")), prompt_data(base, data_files))
+    ended = [row[int(n) - 1] == 2 for r in recorder.rollouts for row, n in zip(r.response_ids, r.lengths, strict=True)]
+    assert any(ended)
+
+
+def test_the_same_seed_samples_the_same_texts_whatever_the_micro_batch(tmp_path, tiny_llama, data_files):
+    runs = []
+    for size in (2, 8):
+        L.seed_everything(3)
+        runs.append(fit(tmp_path, ppo(tiny_llama, lr=0.0, micro_batch_size=size), prompt_data(tiny_llama, data_files)))
+    for a, b in zip(runs[0].rollouts, runs[1].rollouts, strict=True):
+        assert torch.equal(a.response_ids, b.response_ids)
+
+
+def test_on_an_enumerable_task_ppo_finds_the_optimum_in_closed_form(tmp_path, tiny_llama, data_files):
+    """One token, reward by token, coefficient beta: the optimum is pi_ref exp(r / beta) / Z."""
+    beta, favourites = 0.5, list(range(40, 60))
+
+    def reward_of(token: int) -> float:
+        return 1.0 if token in favourites else 0.0
+
+    class Bandit(type(ppo(tiny_llama))):
+        def score(self, sequences: Sequences, batch: Prompts) -> torch.Tensor:
+            return torch.tensor([reward_of(int(t)) for t in sequences.response_ids[:, 0]])
+
+    (tmp_path / "one.jsonl").write_text('{"instruction": "go"}\n' * 256)
+    plain = ppo(tiny_llama)
+    module = Bandit(
+        base_model=tiny_llama, lora=plain.lora, schedule=plain.schedule, reward_function=plain.reward_function,
+        minibatch_size=128, micro_batch_size=256, sampling=Sampling(max_new_tokens=1), whiten_rewards=False,
+        value_coefficient=1.0, value_clip_range=10.0, trace_decay=1.0,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=4e-3, weight_decay=0.0),
+    )  # fmt: skip
+    template = TextTemplate("{instruction}")
+    data = prompt_data(tiny_llama, {"prompts": str(tmp_path / "one.jsonl")}, batch_size=256, template=template)
+    fit(tmp_path, module, data, DivergenceCallback(kl, beta), batches=1, max_epochs=120)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    ids, mask = batch.prompt_ids[:1], batch.prompt_mask[:1]
+    one = Sequences(ids, mask, ids[:, :1], mask[:, :1])
+    probabilities = {}
+    for role in ("policy", "reference"):
+        with torch.no_grad(), module.backbone.role(role):
+            probabilities[role] = module.backbone.lm_head(module.backbone.encode(one)[0, 0]).softmax(-1)
+    reward = torch.tensor([reward_of(t) for t in range(len(probabilities["reference"]))])
+    optimum = probabilities["reference"] * torch.exp(reward / beta)
+    optimum /= optimum.sum()
+    ours, start = (float(probabilities[r][favourites].sum()) for r in ("policy", "reference"))
+    goal = float(optimum[favourites].sum())
+    # the mass on rewarded tokens moves from its start to the closed-form optimum, not beyond it
+    assert goal - start > 0.15
+    assert ours == pytest.approx(goal, abs=0.06)
+    assert 0.5 * (probabilities["policy"] - optimum).abs().sum() < 0.12

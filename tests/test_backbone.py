@@ -1,0 +1,232 @@
+"""One frozen base; roles that are exactly what they claim to be."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lrlhf.backbone import Backbone, LoRA
+from lrlhf.functional import token_statistics
+from lrlhf.types import Sequences
+
+
+def sequences(rows: int = 3, prompt: int = 5, response: int = 4, left: int = 0, seed: int = 0) -> Sequences:
+    """Random tokens; row i has i padding tokens on the left of its prompt and i on the right of its response."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 250, (rows, prompt + response), generator=generator)
+    prompt_mask = torch.arange(prompt) >= torch.arange(rows)[:, None].clamp(max=prompt - 1)
+    response_mask = torch.arange(response) < response - torch.arange(rows)[:, None].clamp(max=response - 1)
+    pad = torch.zeros(rows, left, dtype=torch.long)
+    return Sequences(
+        torch.cat([pad, ids[:, :prompt] * prompt_mask], 1),
+        torch.cat([pad.bool(), prompt_mask], 1),
+        ids[:, prompt:] * response_mask,
+        response_mask,
+    )
+
+
+@pytest.fixture
+def backbone(tiny_llama) -> Backbone:
+    made = Backbone(tiny_llama, lora=LoRA(r=2, alpha=4))
+    made.add_role("reference", ("sft",))
+    made.add_role("policy", ("sft", "policy"), trainable=True)
+    made.add_role("reward", ("sft", "reward"), head="random")
+    made.add_role("critic", ("sft", "reward", "critic"), trainable=True, head="zero")
+    randomize(made, "sft", "reward")
+    return made.eval()
+
+
+def randomize(backbone: Backbone, *adapters: str) -> None:
+    for name, parameter in backbone.named_parameters():
+        if any(f".{adapter}." in name for adapter in adapters):
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+def train(backbone: Backbone, role: str, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW(backbone.trainable(), lr=0.05)
+    batch = sequences()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with backbone.role(role), backbone.training_pass(dropout=False):
+            hidden = backbone.encode(batch)[:, :-1]
+            loss = (backbone.values(hidden) - 1).square().sum() if role in backbone.heads else hidden.square().sum()
+            (loss - backbone.lm_head(hidden).square().mean()).backward()
+        optimizer.step()
+
+
+def encode(backbone: Backbone, role: str, batch: Sequences) -> torch.Tensor:
+    with torch.no_grad(), backbone.role(role):
+        return backbone.encode(batch)
+
+
+def test_a_new_role_is_the_stack_below_it_bit_for_bit(backbone):
+    batch = sequences()
+    assert torch.equal(encode(backbone, "policy", batch), encode(backbone, "reference", batch))
+    assert torch.equal(encode(backbone, "critic", batch), encode(backbone, "reward", batch))
+    assert not torch.equal(encode(backbone, "reward", batch), encode(backbone, "reference", batch))
+
+
+def test_hidden_states_are_those_of_transformers_without_padding(tiny_llama):
+    backbone, batch = Backbone(tiny_llama), sequences(left=3)
+    backbone.add_role("base")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    ours = encode(backbone, "base", batch)
+    for row in range(3):
+        ids = batch.ids[row][batch.mask[row]][None]
+        theirs = model(ids, output_hidden_states=True).hidden_states[-1][0]
+        length = int(batch.response_mask[row].sum()) + 1
+        # fp32 sums in another order: the padding changes the shapes of the products.
+        torch.testing.assert_close(ours[row, :length], theirs[-length:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("left", [1, 7, 40])
+def test_left_padding_changes_no_log_probability(backbone, left):
+    def logprobs(batch):
+        with torch.no_grad(), backbone.role("policy"):
+            hidden = backbone.encode(batch)[:, :-1]
+            return token_statistics(hidden, backbone.lm_head, batch.response_ids, batch.response_mask).logprobs
+
+    torch.testing.assert_close(logprobs(sequences(left=left)), logprobs(sequences()), atol=2e-5, rtol=1e-4)
+
+
+def test_adapters_off_give_the_base_before_and_after_training(backbone, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    ids = torch.arange(20)[None]
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(backbone.model(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert backbone.drift_of_base() == 0
+        train(backbone, "policy")
+        train(backbone, "critic")
+
+
+def test_a_write_to_the_base_is_seen(backbone):
+    with torch.no_grad():
+        backbone.model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
+    assert backbone.drift_of_base() > 0
+
+
+@pytest.mark.parametrize(("role", "parts"), [("policy", ["policy"]), ("critic", ["critic"])])
+def test_only_the_tensors_of_the_role_change(backbone, role, parts):
+    before = {name: p.detach().clone() for name, p in backbone.named_parameters()}
+    train(backbone, role)
+    changed = {name for name, p in backbone.named_parameters() if not torch.equal(p, before[name])}
+    ours = {n for n in before if any(f".{part}." in n for part in parts)}
+    assert changed == ours
+    assert changed
+
+
+def test_inside_a_role_exactly_its_parameters_require_gradients(backbone):
+    def wanting():
+        return {name for name, p in backbone.named_parameters() if p.requires_grad}
+
+    rest = wanting()
+    assert rest == {n for n in rest if ".policy." in n or ".critic." in n or n.startswith("heads.critic")}
+    with backbone.role("policy"):
+        assert wanting() == {n for n in rest if ".policy." in n}
+        with backbone.role("reward"):
+            assert wanting() == set()
+        assert wanting() == {n for n in rest if ".policy." in n}
+    assert wanting() == rest
+
+
+def test_roles_share_one_base_in_memory(backbone, tiny_llama):
+    def storage(module):
+        return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()}.values())
+
+    base = storage(AutoModelForCausalLM.from_pretrained(tiny_llama))
+    ours = [p for n, p in backbone.named_parameters() if "lora_" in n or n.startswith("heads")]
+    assert storage(backbone) == base + sum(p.numel() * 4 for p in ours)
+
+
+def test_gradients_of_one_role_survive_the_pass_of_another(backbone):
+    batch = sequences()
+    with backbone.role("policy"), backbone.training_pass(dropout=False):
+        backbone.lm_head(backbone.encode(batch)).square().mean().backward()
+    alone = [p.grad.clone() for p in backbone.trainable("policy")]
+    with backbone.role("critic"), backbone.training_pass(dropout=False):
+        backbone.values(backbone.encode(batch)).square().mean().backward()
+    assert any(g.abs().sum() > 0 for g in alone)
+    assert all(torch.equal(p.grad, g) for p, g in zip(backbone.trainable("policy"), alone, strict=True))
+    assert all(p.grad is not None for p in backbone.heads["critic"].parameters())
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_really_recomputes(tiny_llama):
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = Backbone(tiny_llama, lora=LoRA(r=2), gradient_checkpointing=checkpointing)
+        backbone.add_role("policy", ("policy",), trainable=True)
+        count = [0]
+        backbone.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        with backbone.role("policy"), backbone.training_pass(dropout=False):
+            backbone.lm_head(backbone.encode(sequences())).square().mean().backward()
+        gradients.append([p.grad for p in backbone.trainable("policy")])
+        calls.append(count[0])
+    assert calls == [1, 2]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
+
+
+def test_a_saved_stack_is_shared_when_loaded_and_is_plain_peft(backbone, tiny_llama, tmp_path):
+    batch = sequences()
+    backbone.save_role("reward", tmp_path)
+    fresh = Backbone(tiny_llama, lora=LoRA(r=2, alpha=4)).eval()
+    fresh.load_role("reward", ("sft", "reward"), tmp_path, head=True)
+    fresh.add_role("reference", ("sft",))
+    assert fresh.adapters == ["sft", "reward"]
+    assert torch.equal(encode(fresh, "reward", batch), encode(backbone, "reward", batch))
+    assert torch.equal(encode(fresh, "reference", batch), encode(backbone, "reference", batch))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    peft = PeftModel.from_pretrained(model, str(tmp_path / "sft"), adapter_name="sft")
+    peft.load_adapter(str(tmp_path / "reward"), adapter_name="reward")
+    peft.base_model.set_adapter(["sft", "reward"])
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), backbone.role("reward"):
+        assert torch.equal(backbone.model.eval()(input_ids=ids).logits, peft.eval()(input_ids=ids).logits)
+
+
+def test_the_exported_adapter_is_the_stack_as_one(backbone, tiny_llama, tmp_path):
+    randomize(backbone, "policy")
+    backbone.export_adapter("policy", tmp_path)
+    assert "adapter" not in backbone.adapters
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(tmp_path / "adapter")).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), backbone.role("policy"):
+        # one product of the summed rank instead of two: fp32 rounding alone.
+        torch.testing.assert_close(
+            backbone.model(input_ids=ids).logits, peft(input_ids=ids).logits, atol=2e-4, rtol=1e-4
+        )
+
+
+def test_without_lora_a_trainable_role_is_a_full_model_and_the_base_stays(tiny_llama):
+    backbone = Backbone(tiny_llama)
+    backbone.add_role("reference")
+    backbone.add_role("policy", ("policy",), trainable=True)
+    batch = sequences()
+    before = encode(backbone, "reference", batch)
+    assert torch.equal(encode(backbone, "policy", batch), before)
+    train(backbone, "policy")
+    assert torch.equal(encode(backbone, "reference", batch), before)
+    assert not torch.equal(encode(backbone, "policy", batch), before)
+    assert len(backbone.trainable("policy")) == len(list(backbone.model.parameters()))
+
+
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "gaussian"}])
+def test_any_lora_variant_of_peft_starts_at_the_reference_and_trains(tiny_llama, options):
+    backbone = Backbone(tiny_llama, lora=LoRA(r=2, options=options))
+    backbone.add_role("reference")
+    backbone.add_role("policy", ("policy",), trainable=True)
+    batch = sequences()
+    torch.testing.assert_close(
+        encode(backbone, "policy", batch), encode(backbone, "reference", batch), atol=1e-6, rtol=0
+    )
+    train(backbone, "policy")
+    assert not torch.allclose(encode(backbone, "policy", batch), encode(backbone, "reference", batch), atol=1e-3)
+
+
+def test_adapters_and_heads_are_fp32_over_a_bf16_base(tiny_llama):
+    backbone = Backbone(tiny_llama, lora=LoRA(r=2), dtype="bfloat16")
+    backbone.add_role("critic", ("critic",), trainable=True, head="zero")
+    assert {p.dtype for p in backbone.trainable()} == {torch.float32}
+    assert backbone.model.model.embed_tokens.weight.dtype == torch.bfloat16
