@@ -26,11 +26,13 @@ _HOMES = {
     "UserError": "lrlhf.errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", "functional", "rewards", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
+    if name in ("functional", "rewards"):
+        return import_module(f"lrlhf.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -22,7 +22,7 @@ class Sampling:
     top_k: int = 0
     """Draw from the k likeliest tokens alone; 0 from all. Not for PPO, whose ratio needs the whole distribution."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens with this probability. Not for PPO, for the same reason."""
+    """Draw from the smallest set of tokens with this probability, of all tokens. Not for PPO, for the same reason."""
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -49,7 +49,7 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
     if sampling.top_k or sampling.top_p < 1:
-        ranked, order = probabilities.sort(dim=-1, descending=True)
+        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         beyond = ranked.cumsum(-1) - ranked >= sampling.top_p
         if sampling.top_k:
             beyond[:, sampling.top_k :] = True

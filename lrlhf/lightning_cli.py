@@ -80,9 +80,11 @@ def _reason(text: str) -> str:
     inside = takewhile(lambda line: line.startswith(" " * (indent + 1)), rest.splitlines())
     reasons = re.split(r"^- ", textwrap.dedent("\n".join(inside)), flags=re.MULTILINE)[1:]
     telling = [reason for reason in reasons if not re.match("Expected an? |Not a valid subclass", reason)]
+    value = rest.splitlines()[-1].partition("Given value: ")[2]
+    if telling and telling[0].startswith("Type ") and "Got value" not in telling[0]:
+        return one_sentence(f"{telling[0].strip().rstrip('.')}. Got value: {value}")
     if telling:
         return one_sentence(telling[0])
-    value = rest.splitlines()[-1].partition("Given value: ")[2]
     kinds = [re.sub("^(Expected an?|Not a valid) ", "", reason.splitlines()[0]) for reason in reasons]
     return f"expected {' or '.join(kinds)}, got {textwrap.shorten(value, 80)}"
 
@@ -110,6 +112,15 @@ class AlignmentCLI(LightningCLI):
     A run has one folder, `trainer.default_root_dir`: config.yaml, metrics.csv, checkpoints/, handover/.
     """
 
+    def __init__(self, *arguments: Any, args: ArgsType = None, **options: Any):
+        self.command = args[0] if isinstance(args, list) and args else None
+        super().__init__(*arguments, args=args, **options)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Of Lightning's four commands the one that runs: a parser for each would take four times as long to build."""
+        commands = super().subcommands()
+        return {self.command: commands[self.command]} if self.command in commands else commands
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Two links, no more."""
         parser.link_arguments("model.init_args.base_model", "data.init_args.tokenizer")
@@ -121,6 +132,8 @@ class AlignmentCLI(LightningCLI):
             if option in ("--config", "-c") and Path(value).is_file():
                 read_yaml(Path(value), "keys such as trainer, model and data")
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        if path := self.config.get(f"{self.command}.ckpt_path"):
+            check_checkpoint(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The run folder, its logger, its checkpoints, and predictions that are written."""
@@ -143,23 +156,10 @@ class AlignmentCLI(LightningCLI):
         except (TypeError, ValueError) as error:
             raise UserError(f"trainer: {one_sentence(str(error))}") from error
 
-    def before_fit(self) -> None:
-        """Refuse a checkpoint to go on from that cannot be read."""
-        self._check_checkpoint()
-
-    def _check_checkpoint(self) -> str | None:
-        path = self.config_init[str(self.subcommand)].get("ckpt_path")
-        if path is not None and path not in ("best", "last", "hpc"):
-            if not Path(path).is_file():
-                raise UserError(f"ckpt_path={path}: there is no such file.")
-            if not is_zipfile(path):
-                raise UserError(f"ckpt_path={path} is no checkpoint, or damaged; give a file of a run's checkpoints/.")
-        return path
-
     def _use_last_checkpoint(self) -> None:
         """Evaluate the run's own newest checkpoint unless --ckpt_path names another."""
         config = self.config_init[str(self.subcommand)]
-        if self._check_checkpoint() is not None:
+        if config.get("ckpt_path") is not None:
             return
         last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if not last.is_file():
@@ -167,10 +167,20 @@ class AlignmentCLI(LightningCLI):
                 f"{self.subcommand}: no checkpoint at {last}; run fit with the same config first, or give --ckpt_path."
             )
         print(f"Using {last}")
+        check_checkpoint(str(last))
         config["ckpt_path"] = str(last)
-        self._check_checkpoint()
 
     before_validate = before_test = before_predict = _use_last_checkpoint
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse a checkpoint that is missing, or that is no file of torch.save."""
+    if path in ("best", "last", "hpc"):
+        return
+    if not Path(path).is_file():
+        raise UserError(f"ckpt_path={path}: there is no such file.")
+    if not is_zipfile(path):
+        raise UserError(f"ckpt_path={path} is no checkpoint, or damaged; give a file of a run's checkpoints/.")
 
 
 def _has(callbacks: list[Any], kind: type) -> bool:

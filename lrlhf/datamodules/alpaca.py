@@ -104,6 +104,7 @@ class AlpacaDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read, split, render and tokenise the rows that this stage needs."""
+        stage = str(getattr(stage, "value", stage))
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         if stage in ("fit", "validate") and "val" not in self.rows:
             self.rows["val"] = self._view("val", self.val_split)
@@ -114,6 +115,8 @@ class AlpacaDataModule(L.LightningDataModule):
             if not self.rows["train"]:
                 raise UserError(f"data.train={self.sources['train']}: no row is left to train on ({self._lost()}).")
         if stage in ("test", "predict"):
+            if self.sources[stage] is None and self.sources["val"] is None and self.val_split is None:
+                raise UserError(f"data.{stage} names no file to {stage} on, nor does data.val or data.val_split.")
             self.rows[stage] = self._view(stage, self.val_split)
             if not self.rows[stage]:
                 raise UserError(f"data.{stage} (or data.val) gives no row to {stage} on ({self._lost()}).")

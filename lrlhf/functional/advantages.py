@@ -28,6 +28,6 @@ def generalized_advantages(
     advantage = next_value = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         error = rewards[:, t] + discount * next_value - values[:, t]
-        advantage = (error + discount * trace_decay * advantage) * mask[:, t]
+        advantage = error + discount * trace_decay * advantage
         advantages[:, t], next_value = advantage, values[:, t]
-    return advantages, (advantages + values).masked_fill(~mask, 0)
+    return advantages, advantages + values

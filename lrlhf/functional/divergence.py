@@ -140,6 +140,8 @@ def exact_total_variation(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 @over_vocabulary
 def exact_alpha_divergence(logprobs: Tensor, ref_logprobs: Tensor, *, alpha: float = 0.5) -> Tensor:
-    """D_a(p||q) = (sum p^a q^(1-a) - 1) / (a (a - 1)) >= 0, for a not 0 or 1; [..., V] to [...]."""
-    overlap = (alpha * logprobs + (1 - alpha) * ref_logprobs).exp().sum(-1)
-    return (overlap - 1) / (alpha * (alpha - 1))
+    """D_a(p||q) = (sum p^a q^(1-a) - 1) / (a (a - 1)) >= 0, for a not 0 or 1; [..., V] to [...].
+
+    Summed as the expectation of `alpha_divergence`, whose terms are never negative: no cancellation near 0.
+    """
+    return (logprobs.exp() * alpha_divergence(logprobs, ref_logprobs, alpha=alpha)).sum(-1)

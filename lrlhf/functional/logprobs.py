@@ -52,10 +52,13 @@ def token_statistics(
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
-    parts = [
-        checkpoint(piece, rows, targets, use_reentrant=False) if torch.is_grad_enabled() else piece(rows, targets)
-        for rows, targets in zip(hidden[mask].split(chunk), tokens[mask].split(chunk), strict=True)
-    ]
+    def chunk_statistics(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return piece(rows, targets)
+        return checkpoint(piece, rows, targets, use_reentrant=False, preserve_rng_state=False)
+
+    chunks = zip(hidden[mask].split(chunk), tokens[mask].split(chunk), strict=True)
+    parts = [chunk_statistics(rows, targets) for rows, targets in chunks]
     empty = hidden.new_zeros(mask.shape, dtype=torch.float32)
     return TokenStatistics(*(empty.masked_scatter(mask, torch.cat(column)) for column in zip(*parts, strict=True)))
 

@@ -5,7 +5,9 @@ from torch import Tensor
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Position of each true token among the true tokens of its row; 0 on padding. mask [B, T] bool to int64 [B, T].
+    """Position of each true token among the true tokens of its row; mask [B, T] bool to int64 [B, T].
+
+    Padding holds 0 on the left and the last position on the right, where nothing looks at it.
 
     Given to the model always: without them left padding changes log-probabilities.
     """

@@ -119,9 +119,8 @@ class AlignmentModule(L.LightningModule):
         self.backbone.load_role("reference", sft.stack, sft.folder, head=False)
         return sft.stack
 
-    def on_fit_start(self) -> None:
-        """Check what a trainer flag would break, and that the data speaks the parents' template."""
-        self.seed = torch.initial_seed() % 2**31
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Add none: it is the one hook before Lightning refuses two flags without telling what to set instead."""
         trainer = self.trainer
         if trainer.gradient_clip_val is not None:
             raise UserError("trainer.gradient_clip_val does not apply here; set model.max_grad_norm instead.")
@@ -130,6 +129,14 @@ class AlignmentModule(L.LightningModule):
                 "trainer.accumulate_grad_batches does not apply here; data.batch_size is the whole batch and "
                 "model.micro_batch_size what fits in memory."
             )
+        return []
+
+    def on_fit_start(self) -> None:
+        """Check what a trainer flag would break, and that the data speaks the parents' template."""
+        self.seed = torch.initial_seed() % 2**31
+        trainer = self.trainer
+        if trainer.world_size > 1:
+            raise UserError(f"{trainer.world_size} processes: token counts are not global yet; set trainer.devices: 1.")
         for parent in self.parents:
             parent.check_template(self.template_fingerprint())
 
@@ -234,11 +241,14 @@ class AlignmentModule(L.LightningModule):
             raise UserError("this checkpoint was not written by lrlhf.")
         if ours["base"] != self.backbone.fingerprint:
             raise UserError(f"this checkpoint was trained on another base than {self.base_model}.")
-        differing = sorted(checkpoint["state_dict"].keys() ^ self.trainable_names())
+        names = self.trainable_names()
+        here = {name: p.shape for name, p in self.named_parameters() if name in names}
+        there = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        differing = sorted(name for name in here | there if here.get(name) != there.get(name))
         if differing:
             raise UserError(
-                f"this checkpoint does not hold the {len(self.trainable_names())} tensors that train here: "
-                f"{len(differing)} differ, e.g. {differing[0]}."
+                f"this checkpoint does not hold the {len(here)} tensors that train here: {len(differing)} differ in "
+                f"name or shape, e.g. {differing[0]}; go on with the settings that the run started with."
             )
         self.iteration = ours["iteration"]
 

@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 
-from lrlhf import AlpacaDataModule, LoRA, PPOPolicy, RewardModel, Sampling, SFT
+from lrlhf import SFT, AlpacaDataModule, LoRA, PPOPolicy, RewardModel, Sampling
 from lrlhf.modules.base import Schedule
 
 SMALL = {"lora": LoRA(r=2, alpha=4), "schedule": Schedule("constant", 0)}
@@ -38,7 +38,7 @@ def count_vowels(prompts: list[str], responses: list[str]) -> torch.Tensor:
     return torch.tensor([float(sum(c in "aeiou" for c in r)) for r in responses])
 
 
-def ppo(base, lr=1e-2, **settings) -> PPOPolicy:
+def ppo(base, lr=1e-2, kind=PPOPolicy, **settings) -> PPOPolicy:
     defaults = {
         "reward_function": count_vowels,
         "minibatch_size": 4,
@@ -46,7 +46,7 @@ def ppo(base, lr=1e-2, **settings) -> PPOPolicy:
         "sampling": Sampling(max_new_tokens=8),
         "optimizer": adamw(lr),
     }
-    return PPOPolicy(base_model=base, **{**SMALL, **defaults, **settings})
+    return kind(base_model=base, **{**SMALL, **defaults, **settings})
 
 
 def prompt_data(base, files, **settings) -> AlpacaDataModule:

@@ -6,7 +6,16 @@ import lightning as L
 import pytest
 import torch
 
-from lrlhf import AdaptiveCoefficient, DivergenceCallback, MissingEOSPenalty, RolloutCallback, Sampling, TextTemplate, UserError
+from lrlhf import (
+    AdaptiveCoefficient,
+    DivergenceCallback,
+    MissingEOSPenalty,
+    PPOPolicy,
+    RolloutCallback,
+    Sampling,
+    TextTemplate,
+    UserError,
+)
 from lrlhf.functional import exact_kl, js, kl
 from lrlhf.metrics import Means
 from lrlhf.types import Experience, Prompts, Rollout, Sequences
@@ -226,18 +235,14 @@ class LoggingOff:
 def test_without_a_divergence_callback_no_reference_pass_is_paid(tmp_path, tiny_llama, data_files):
     passes = []
 
-    class Counting(type(ppo(tiny_llama))):
+    class Counting(PPOPolicy):
         def logprobs(self, sequences, role):
             passes.append(role)
             return super().logprobs(sequences, role)
 
     def count(*callbacks):
         passes.clear()
-        template = ppo(tiny_llama)
-        module = Counting(
-            base_model=tiny_llama, lora=template.lora, schedule=template.schedule, reward_function=template.reward_function,
-            minibatch_size=4, sampling=template.sampling, optimizer=template.optimizer,
-        )  # fmt: skip
+        module = ppo(tiny_llama, kind=Counting)
         module._checked = True
         fit(tmp_path, module, prompt_data(tiny_llama, data_files), *callbacks, batches=1)
         return passes.count("reference")
@@ -328,24 +333,33 @@ def test_the_same_seed_samples_the_same_texts_whatever_the_micro_batch(tmp_path,
 
 
 def test_on_an_enumerable_task_ppo_finds_the_optimum_in_closed_form(tmp_path, tiny_llama, data_files):
-    """One token, reward by token, coefficient beta: the optimum is pi_ref exp(r / beta) / Z."""
+    """One token, reward by token, coefficient beta: the optimum is pi_ref exp(r / beta) / Z.
+
+    A full model, since the optimum must lie in the family: an adapter of rank 2 cannot reach every distribution.
+    """
     beta, favourites = 0.5, list(range(40, 60))
 
     def reward_of(token: int) -> float:
         return 1.0 if token in favourites else 0.0
 
-    class Bandit(type(ppo(tiny_llama))):
+    class Bandit(PPOPolicy):
         def score(self, sequences: Sequences, batch: Prompts) -> torch.Tensor:
             return torch.tensor([reward_of(int(t)) for t in sequences.response_ids[:, 0]])
 
     (tmp_path / "one.jsonl").write_text('{"instruction": "go"}\n' * 256)
-    plain = ppo(tiny_llama)
-    module = Bandit(
-        base_model=tiny_llama, lora=plain.lora, schedule=plain.schedule, reward_function=plain.reward_function,
-        minibatch_size=128, micro_batch_size=256, sampling=Sampling(max_new_tokens=1), whiten_rewards=False,
-        value_coefficient=1.0, value_clip_range=10.0, trace_decay=1.0,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=4e-3, weight_decay=0.0),
-    )  # fmt: skip
+    module = ppo(
+        tiny_llama,
+        kind=Bandit,
+        lora=None,
+        lr=3e-3,
+        minibatch_size=128,
+        micro_batch_size=256,
+        sampling=Sampling(max_new_tokens=1),
+        whiten_rewards=False,
+        value_coefficient=1.0,
+        value_clip_range=10.0,
+        trace_decay=1.0,
+    )
     template = TextTemplate("{instruction}")
     data = prompt_data(tiny_llama, {"prompts": str(tmp_path / "one.jsonl")}, batch_size=256, template=template)
     fit(tmp_path, module, data, DivergenceCallback(kl, beta), batches=1, max_epochs=120)

@@ -1,0 +1,63 @@
+"""The checks before step 0 see what they are there to see."""
+
+import pytest
+import torch
+
+from lrlhf import UserError
+from lrlhf.modules.self_check import self_check
+from tests.modules.helpers import ppo, prompt_data, train_reward, train_sft
+
+
+@pytest.fixture
+def ready(tmp_path, tiny_llama, data_files):
+    train_sft(tiny_llama, data_files, tmp_path / "sft")
+    train_reward(tiny_llama, data_files, tmp_path / "reward", sft=str(tmp_path / "sft/handover"))
+    module = ppo(
+        tiny_llama,
+        reward_function=None,
+        sft=str(tmp_path / "sft/handover"),
+        reward_model=str(tmp_path / "reward/handover"),
+    )
+    module.configure_model()
+    data = prompt_data(tiny_llama, data_files)
+    data.setup("fit")
+    return module, next(iter(data.train_dataloader()))
+
+
+def test_a_sound_start_passes(ready):
+    self_check(*ready)
+
+
+def nudge(parameter):
+    with torch.no_grad():
+        parameter.add_(0.05)
+
+
+def test_a_policy_that_is_not_its_reference_is_refused(ready):
+    module, batch = ready
+    nudge(module.backbone.model.model.layers[0].self_attn.q_proj.lora_B.policy.weight)
+    with pytest.raises(UserError, match="policy is not its reference"):
+        self_check(module, batch)
+    module.iteration = 3  # a resumed run may have moved
+    self_check(module, batch)
+
+
+def test_a_base_that_was_written_to_is_refused(ready):
+    module, batch = ready
+    nudge(module.backbone.model.model.norm.weight)
+    with pytest.raises(UserError, match="the base model changed"):
+        self_check(module, batch)
+
+
+def test_a_reward_model_with_another_head_is_refused(ready):
+    module, batch = ready
+    nudge(module.backbone.heads["reward"].weight)
+    with pytest.raises(UserError, match="its manifest says"):
+        self_check(module, batch)
+
+
+def test_a_parameter_that_trains_in_a_role_that_is_frozen_is_refused(ready):
+    module, batch = ready
+    module.backbone._trainable["reward"] = list(module.backbone.heads["reward"].parameters())
+    with pytest.raises(UserError, match="train wrongly in the role reward"):
+        self_check(module, batch)
