@@ -79,7 +79,7 @@ class Plan:
         if "seed" in options:
             for stage in STAGES:
                 overrides[stage] += ["--seed_everything", options["seed"]]
-        run = Path(options.get("run") or values.get("run") or "runs/align")
+        run = Path(options.get("run") or str(values.get("run") or "runs/align"))
         ordered = {stage: stages[stage] for stage in STAGES if stage in stages}
         return cls(run, ordered, compare, overrides)
 
@@ -90,6 +90,10 @@ def align(arguments: list[str]) -> None:
         print(USAGE)
         return
     plan = Plan.read(arguments)
+    if plan.compare.get("gold"):
+        from lrlhf.comparison import import_function
+
+        import_function(plan.compare["gold"])
     upstream = ""
     for stage in plan.stages:
         upstream = _run_stage(plan, stage, upstream)

@@ -114,7 +114,7 @@ class AlignmentCLI(LightningCLI):
 
     def __init__(self, *arguments: Any, args: ArgsType = None, **options: Any):
         self.command = args[0] if isinstance(args, list) and args else None
-        super().__init__(*arguments, args=args, **options)
+        super().__init__(*arguments, args=args, **options)  # type: ignore[misc]
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Of Lightning's four commands the one that runs: a parser for each would take four times as long to build."""
@@ -139,6 +139,8 @@ class AlignmentCLI(LightningCLI):
         """The run folder, its logger, its checkpoints, and predictions that are written."""
         config = self._get(self.config_init, "trainer")
         folder = config.get("default_root_dir") or f"runs/{getattr(self.model, 'role', 'model')}"
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise UserError(f"trainer.default_root_dir={folder} is a file; name a folder for the run.")
         kwargs["default_root_dir"] = folder
         callbacks = config.get("callbacks") or []
         if self.subcommand == "fit":

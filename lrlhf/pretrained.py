@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lrlhf.errors import UserError
@@ -82,7 +83,9 @@ def load_tokenizer(base_model: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(base_model))
-    except OSError as error:
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
         raise UserError(f"base_model={base_model}: no tokenizer could be loaded ({first_line(error)}).") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"base_model={base_model}: its tokenizer has no end-of-sequence token, which a response needs.")
@@ -102,9 +105,9 @@ def load_model(base_model: str, dtype: torch.dtype) -> nn.Module:
         if torch.get_default_device().type == "meta":
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"base_model={base_model}: no causal language model there ({first_line(error)}).") from error
 
 

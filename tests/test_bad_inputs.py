@@ -106,6 +106,13 @@ class Lab:
         damage(folder)
         return str(folder)
 
+    def damaged_base(self, damage: Callable[[Path], object]) -> str:
+        """A damaged copy of the base model."""
+        folder = self.folder / "base"
+        shutil.copytree(self.base, folder)
+        damage(folder)
+        return str(folder)
+
     def checkpoint(self, change: Callable[[dict], object]) -> str:
         """A copy of the SFT run's checkpoint, changed."""
         checkpoint = torch.load(self.stages / "sft" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -298,6 +305,24 @@ CONFIGS: dict[str, tuple[Case, list[str]]] = {
         ["model.micro_batch_size=0 must be at least 1"],
     ),
     "gradient norm of 0": (lambda lab: lab.fit("sft", max_grad_norm="0"), ["model.max_grad_norm=0.0 must be positive"]),
+    "negative warm-up": (
+        lambda lab: lab.fit("sft", **{"schedule.warmup": "-1"}),
+        ["model.schedule.warmup=-1 must not be negative"],
+    ),
+    "negative limit": (lambda lab: lab.data("limit", "-3"), ["data.limit=-3 must be at least 1"]),
+    "negative workers": (lambda lab: lab.data("num_workers", "-1"), ["data.num_workers=-1 must not be negative"]),
+    "run folder that is a file": (
+        lambda lab: lab.trainer("default_root_dir", lab.files["sft"]),
+        ["trainer.default_root_dir=", "is a file; name a folder"],
+    ),
+    "half a base model": (
+        lambda lab: lab.fit("sft", base_model=lab.damaged_base(truncate("model.safetensors"))),
+        ["base_model=", "no causal language model there"],
+    ),
+    "half a tokenizer": (
+        lambda lab: lab.fit("sft", base_model=lab.damaged_base(truncate("tokenizer.json"))),
+        ["base_model=", "no tokenizer could be loaded"],
+    ),
     "negative centering": (
         lambda lab: lab.fit("reward", centering="-1"),
         ["model.centering=-1.0 must not be negative"],
@@ -403,6 +428,10 @@ ALIGN: dict[str, tuple[Case, list[str]]] = {
         lambda lab: lab.align({"stages": STAGES, "compare": {"golden": 1}}),
         ["unknown key compare.golden", "gold, prompts, count"],
     ),
+    "a gold reward that cannot be imported": (
+        lambda lab: lab.align({"stages": STAGES, "compare": {"gold": "nowhere.reward"}}),
+        ["nowhere.reward cannot be imported; give the import path of a function"],
+    ),
     "a stage's file is missing": (
         lambda lab: lab.align({"run": str(lab.folder), "stages": STAGES}),
         ["there is no config file", "nowhere.yaml"],
@@ -443,15 +472,12 @@ def set_manifest(**values: object) -> Callable[[Path], object]:
     return change
 
 
-def other_tokenizer(lab: Lab) -> str:
+def swap_tokens(folder: Path) -> None:
     """The same base with two tokens swapped in its vocabulary."""
-    folder = lab.folder / "base"
-    shutil.copytree(lab.base, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return str(folder)
 
 
 FOLDERS: dict[str, tuple[Case, list[str]]] = {
@@ -496,7 +522,7 @@ FOLDERS: dict[str, tuple[Case, list[str]]] = {
         ["was trained with another base model", "train the stage again"],
     ),
     "another tokenizer": (
-        lambda lab: lab.fit("reward", sft=lab.handover("sft"), base_model=other_tokenizer(lab)),
+        lambda lab: lab.fit("reward", sft=lab.handover("sft"), base_model=lab.damaged_base(swap_tokens)),
         ["was trained with another tokenizer", "train the stage again"],
     ),
     "another template": (

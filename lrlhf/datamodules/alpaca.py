@@ -76,9 +76,13 @@ class AlpacaDataModule(L.LightningDataModule):
             "val_batch_size": val_batch_size,
             "max_prompt_tokens": max_prompt_tokens,
             "max_response_tokens": max_response_tokens,
+            "limit": limit,
+            "val_limit": val_limit,
         }.items():
-            if number < 1:
+            if number is not None and number < 1:
                 raise UserError(f"data.{name}={number} must be at least 1.")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers={num_workers} must not be negative.")
         for name in filter(None, (train_split, val_split)):
             if name not in (splits or {}):
                 raise UserError(f"data: {name!r} is no key of data.splits, which has {sorted(splits or {})}.")

@@ -187,8 +187,8 @@ def _turns(record: Record) -> tuple[tuple[str, str], ...]:
     for position, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get(what), str) or not isinstance(turn.get(who), str):
             raise BadRow(f"turn {position} of {column} must have {who} and {what} as text")
-        role = ROLES.get(turn[who], turn[who])
-        if role not in ROLES.values():
+        role = ROLES.get(turn[who], "")
+        if not role:
             raise BadRow(f"turn {position} of {column} has the unknown role {turn[who]!r}")
         messages.append((role, turn[what]))
     return tuple(messages)

@@ -30,6 +30,10 @@ class Schedule:
     warmup: int = 5
     """Batches of linear warm-up from 0; 5 in the paper."""
 
+    def __post_init__(self):
+        if self.warmup < 0:
+            raise UserError(f"model.schedule.warmup={self.warmup} must not be negative.")
+
 
 class AlignmentModule(L.LightningModule):
     """A stage of training on the roles of one backbone.

@@ -1,10 +1,12 @@
 import random
+import shutil
 import warnings
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lrlhf import AlpacaDataModule, ChatTemplate, TextTemplate
@@ -88,6 +90,18 @@ def test_chat_prompts_are_tokenised_as_the_tokenizer_itself_would(tiny_llama, to
     (row,) = load(train=path, tokenizer=tiny_llama, template=ChatTemplate()).rows["train"]
     assert row.prompt == tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert row.responses == ([*tokenizer("c")["input_ids"], EOS],)
+
+
+@pytest.mark.parametrize(("template", "starts"), [(BARE, [1]), (ChatTemplate(), [])])
+def test_the_chat_template_alone_writes_begin_of_sequence_tokens(tiny_llama, tmp_path, save, template, starts):
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(folder)
+    path = save([{"instruction": "sun", "output": "tea"}])
+    (row,) = load(train=path, tokenizer=str(folder), template=template).rows["train"]
+    assert [token for token in row.prompt if token == 1] == starts == row.prompt[: len(starts)]
+    assert 1 not in row.responses[0]
 
 
 # What is left out
