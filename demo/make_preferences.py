@@ -49,7 +49,9 @@ def main(folder: str) -> None:
                 ids, mask = sample_responses(
                     backbone, batch.prompt_ids, batch.prompt_mask, sampling=SAMPLING, stop_ids=stop, uniforms=draws
                 )
-            samples.append([data.tokenizer.decode(r[m], skip_special_tokens=True).strip() for r, m in zip(ids, mask)])
+            samples.append(
+                [data.tokenizer.decode(r[m], skip_special_tokens=True).strip() for r, m in zip(ids, mask, strict=True)]
+            )
         gold = torch.stack([vader_sentiment([], texts) for texts in samples])
         for i in range(len(batch)):
             best, worst = int(gold[:, i].argmax()), int(gold[:, i].argmin())

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -65,9 +66,12 @@ class LoRA:
     def peft_config(self) -> LoraConfig:
         """The same settings as peft spells them."""
         own = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": self.targets}
+        twice = sorted(own.keys() & self.options.keys())
+        if twice:
+            raise UserError(f"lora.options.{twice[0]}: set r, alpha, dropout or targets of lora itself instead.")
         try:
-            return LoraConfig(task_type="CAUSAL_LM", **{**self.options, **own})
-        except TypeError as error:
+            return LoraConfig(task_type="CAUSAL_LM", **own, **self.options)
+        except (TypeError, ValueError) as error:
             raise UserError(f"lora.options: {error}; see the fields of peft.LoraConfig.") from error
 
 
@@ -267,7 +271,7 @@ class Backbone(nn.Module):
                 self._peft[0].add_adapter(name, config)
             else:
                 self._peft.append(PeftModel(self.model, config, adapter_name=name))  # type: ignore[arg-type]
-        except ValueError as error:
+        except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"lora: {error}") from error
 
     def _adapter_parameters(self, name: str) -> list[nn.Parameter]:
@@ -308,7 +312,10 @@ class Backbone(nn.Module):
             if not path.is_file():
                 raise UserError(f"{folder} holds no head.safetensors: without its head a reward model scores noise.")
             self.heads[role] = self._new_head("zero")
-            self.heads[role].load_state_dict(load_file(path))
+            try:
+                self.heads[role].load_state_dict(load_file(path))
+            except (SafetensorError, RuntimeError) as error:
+                raise UserError(f"{path} is damaged or of another base; run its stage again.") from error
         self.stacks[role] = stack
         self._activate(self._role)
 
@@ -318,7 +325,7 @@ class Backbone(nn.Module):
                 self._peft[0].load_adapter(str(folder), adapter_name=name)
             else:
                 self._peft.append(PeftModel.from_pretrained(self.model, str(folder), adapter_name=name))  # type: ignore
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: this adapter cannot be loaded on {self.base_model} ({error}).") from error
 
     def copy_head(self, source: str, target: str) -> None:

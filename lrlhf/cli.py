@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"there is no command {command!r}; see lrlhf --help.")
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"{error}.")
     except KeyboardInterrupt:
         fail("interrupted.")
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lrlhf.callbacks.divergence import measure
 from lrlhf.errors import UserError
-from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl, masked_mean
+from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
 from lrlhf.types import Prompts, Sequences
 
-SAMPLED = (kl, js, js_paper)
-EXACT = (exact_kl, exact_forward_kl, exact_js, exact_total_variation)
+MEASURED = (kl, js, js_paper, exact_kl, exact_forward_kl, exact_js, exact_total_variation)
 
 
 def compare(run: Path, gold: str | None = None, prompts: str | None = None, count: int = 96) -> None:
@@ -40,9 +40,9 @@ def compare(run: Path, gold: str | None = None, prompts: str | None = None, coun
         for side, role in (("before", "reference"), ("after", "policy")):
             sequences = Sequences(batch.prompt_ids, batch.prompt_mask, *module.sample(batch, role, "compare", number))
             sides[side] = _describe(module, sequences, batch, gold_function)
-        for function in SAMPLED + EXACT:
-            value = _divergence(module, sequences, function)
-            divergences.setdefault(function.__name__, []).append((value, int(sequences.response_mask.sum())))
+        for name, values in measure(module, sequences, module.logprobs(sequences, "policy"), MEASURED).items():
+            tokens = int(sequences.response_mask.sum())
+            divergences.setdefault(name, []).append((float(values.sum()) / tokens, tokens))
         for source, before, after in zip(batch.sources, sides["before"], sides["after"], strict=True):
             rows.append({"instruction": source["instruction"], "before": before, "after": after})
     result = {
@@ -97,15 +97,6 @@ def _describe(module: Any, sequences: Sequences, batch: Prompts, gold_function: 
     names = ("response", "learned", "gold", "length", "ended")
     columns = (responses, learned, gold, sequences.lengths.tolist(), ended)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _divergence(module: Any, sequences: Sequences, function: Any) -> float:
-    """Mean per token on responses of the policy."""
-    if function in EXACT:
-        values = module.divergence(sequences, function)
-    else:
-        values = function(module.logprobs(sequences, "policy"), module.logprobs(sequences, "reference"))
-    return float(masked_mean(values, sequences.response_mask))
 
 
 def _reward_model_accuracy(folder: Path) -> dict[str, float] | None:

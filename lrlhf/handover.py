@@ -70,7 +70,8 @@ class Handover:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         backbone.save_role(role, scratch)
-        (scratch / "README.md").unlink(missing_ok=True)
+        if (scratch / "model").is_dir():
+            module.tokenizer.save_pretrained(scratch / "model")
         stack = backbone.stacks[role]
         if role == "policy" and stack:
             backbone.export_adapter(role, scratch)

@@ -106,8 +106,14 @@ def task_of(model: Namespace) -> str:
     return getattr(import_object(model.class_path), "task", "sft")
 
 
+def link(parser: LightningArgumentParser) -> None:
+    """The module names its base and its view of the data, and the data follows."""
+    parser.link_arguments("model.init_args.base_model", "data.init_args.tokenizer")
+    parser.link_arguments("model", "data.init_args.task", compute_fn=task_of)
+
+
 class AlignmentCLI(LightningCLI):
-    """model and data by class path; the module names its base and its view of the data, and the data follows.
+    """model and data by class path, linked.
 
     A run has one folder, `trainer.default_root_dir`: config.yaml, metrics.csv, checkpoints/, handover/.
     """
@@ -123,8 +129,7 @@ class AlignmentCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Two links, no more."""
-        parser.link_arguments("model.init_args.base_model", "data.init_args.tokenizer")
-        parser.link_arguments("model", "data.init_args.task", compute_fn=task_of)
+        link(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """From a list of arguments, also when the process has others of its own."""
@@ -195,5 +200,6 @@ def parse_config(path: Path) -> tuple[dict[str, Any], L.LightningModule, L.Light
     parser = Parser()
     parser.add_lightning_class_args(L.LightningModule, "model", subclass_mode=True)
     parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    link(parser)
     built = parser.instantiate_classes(parser.parse_object({key: values[key] for key in ("model", "data")}))
     return values, built.model, built.data

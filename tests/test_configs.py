@@ -83,9 +83,15 @@ def test_ppo_has_the_paper_s_numbers(capsys, tmp_path, llama_7b_shape):
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_a_demo_file_runs_alone(capsys, tmp_path, stage):
-    values = yaml.safe_load(resolve(capsys, tmp_path, CONFIGS / "demo" / f"{stage}.yaml").read_text())
-    assert values["data"]["init_args"]["task"] == {"sft": "sft", "reward": "preference", "ppo": "prompts"}[stage]
-    assert Path(values["data"]["init_args"]["train"]).is_file()
+    path = resolve(
+        capsys,
+        tmp_path,
+        CONFIGS / "demo" / f"{stage}.yaml",
+        options=["--model.init_args.reward_function", "lrlhf.rewards.vader_sentiment"] if stage == "ppo" else [],
+    )
+    _, module, data = parse_config(path)
+    assert data.task == module.task == {"sft": "sft", "reward": "preference", "ppo": "prompts"}[stage]
+    assert Path(data.sources["train"]).is_file()
 
 
 def test_a_divergence_is_named_by_the_function_it_says():

@@ -1,5 +1,6 @@
 """DivergenceCallback: measure how far the policy is from the reference, and make it pay."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from lrlhf.errors import UserError
 from lrlhf.functional import kl
 from lrlhf.functional.divergence import Divergence
 from lrlhf.functional.masked import masked_mean
-from lrlhf.types import Rollout
+from lrlhf.types import Rollout, Sequences
 
 if TYPE_CHECKING:
     from lrlhf.modules.ppo_policy import PPOPolicy
@@ -71,20 +72,13 @@ class DivergenceCallback(RolloutCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to be silently without effect."""
-        if not hasattr(pl_module, "divergence"):
+        if not hasattr(pl_module, "divergences"):
             raise UserError(f"DivergenceCallback works with PPOPolicy; {type(pl_module).__name__} makes no rollouts.")
 
     def shape_rewards(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> Tensor:
         """Subtract the penalty, log it, and move the coefficient if it adapts."""
         mask = rollout.response_mask
-        ref_logprobs = None
-        values = {}
-        for function in (self.divergence, *self.also_log):
-            if getattr(function, "over_vocabulary", False):
-                values[_name(function)] = policy.divergence(rollout, function)
-            else:
-                ref_logprobs = policy.logprobs(rollout, "reference") if ref_logprobs is None else ref_logprobs
-                values[_name(function)] = _on_mask(function, rollout.logprobs, ref_logprobs, mask)
+        values = measure(policy, rollout, rollout.logprobs, (self.divergence, *self.also_log))
         penalty = self.coefficient * values[_name(self.divergence)]
         metrics = {f"divergence/{name}": masked_mean(value, mask) for name, value in values.items()}
         metrics |= {"coefficient": self.coefficient, "penalty": penalty.sum(-1).mean()}
@@ -102,6 +96,26 @@ class DivergenceCallback(RolloutCallback):
         """Take the coefficient up again where it adapts; a fixed one is what the config says."""
         if self.controller:
             self.coefficient = state_dict["coefficient"]
+
+
+def measure(
+    policy: "PPOPolicy", sequences: Sequences, logprobs: Tensor, functions: Iterable[Divergence]
+) -> dict[str, Tensor]:
+    """Divergences by name, each [B, R] and 0 off the mask; no reference pass that no function needs.
+
+    Args:
+        policy: the module.
+        sequences: responses of the policy.
+        logprobs: [B, R] of the policy.
+        functions: what to measure, over sampled tokens or over the vocabulary.
+    """
+    exact = [f for f in functions if getattr(f, "over_vocabulary", False)]
+    sampled = [f for f in functions if f not in exact]
+    values = dict(zip(map(_name, exact), policy.divergences(sequences, exact), strict=True)) if exact else {}
+    if sampled:
+        ref_logprobs = policy.logprobs(sequences, "reference")
+        values |= {_name(f): _on_mask(f, logprobs, ref_logprobs, sequences.response_mask) for f in sampled}
+    return values
 
 
 def _on_mask(function: Divergence, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:

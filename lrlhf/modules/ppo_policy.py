@@ -13,7 +13,7 @@ Where it departs from the paper's code:
 5. Responses are scored as the tokens that were sampled, not decoded and tokenised again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -270,25 +270,25 @@ class PPOPolicy(AlignmentModule):
             return self._per_token(sequences, lambda piece: self._statistics(piece).logprobs)
 
     @torch.no_grad()
-    def divergence(self, sequences: Sequences, divergence: Divergence) -> Tensor:
-        """An exact divergence [B, R] fp32 of policy and reference over the whole vocabulary, in chunks."""
-
-        def compare(piece: Sequences) -> Tensor:
+    def divergences(self, sequences: Sequences, functions: Sequence[Divergence]) -> list[Tensor]:
+        """Exact divergences [B, R] fp32 of policy and reference over the whole vocabulary, in chunks, in one pass."""
+        results = [torch.zeros(sequences.response_mask.shape, device=self.device) for _ in functions]
+        for index, piece in sequences.micro_batches(self.micro_batch_size):
             with self.backbone.role("policy"):
                 hidden, head = self.backbone.encode(piece)[:, :-1], self.backbone.lm_head
             with self.backbone.role("reference"):
                 ref_hidden, ref_head = self.backbone.encode(piece)[:, :-1], self.backbone.lm_head
-            return vocabulary_divergence(
-                hidden,
-                ref_hidden,
-                head,
-                ref_head,
-                piece.response_mask,
-                divergence,
-                temperature=self.sampling.temperature,
-            )
-
-        return self._per_token(sequences, compare)
+            for result, function in zip(results, functions, strict=True):
+                result[index, : hidden.shape[1]] = vocabulary_divergence(
+                    hidden,
+                    ref_hidden,
+                    head,
+                    ref_head,
+                    piece.response_mask,
+                    function,
+                    temperature=self.sampling.temperature,
+                )
+        return results
 
     def score(self, sequences: Sequences, batch: Prompts) -> Tensor:
         """Scores [B] fp32 of the responses: the reward model's, or the reward function's."""

@@ -73,9 +73,13 @@ class RewardModel(AlignmentModule):
         metrics = {"loss": self.val_loss, "accuracy": self.val_accuracy, "longer_accuracy": self.longer_accuracy}
         self.log_dict({f"{name}/{key}": metric.compute() for key, metric in metrics.items()}, prog_bar=True)
         self.log(f"{name}/pairs", self.longer_accuracy.weight)
-        for metric in metrics.values():
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset here: a metric that was reset in the inference mode of `validate` could not be updated in `fit`."""
+        for metric in (self.val_loss, self.val_accuracy, self.longer_accuracy):
             metric.reset()
 
+    on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
     @torch.no_grad()

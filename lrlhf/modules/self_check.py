@@ -50,8 +50,9 @@ def _check_policy_is_reference(policy: "PPOPolicy", batch: Prompts) -> None:
     worst = float(log_ratio.abs().max()) if log_ratio.numel() else 0.0
     if worst != 0:
         raise UserError(f"self-check: the policy is not its reference at step 0 (largest log-ratio {worst:.3g}).")
-    for divergence in (exact_kl, exact_js, exact_total_variation):
-        value = float(policy.divergence(text, divergence).abs().max()) if log_ratio.numel() else 0.0
+    exact = (exact_kl, exact_js, exact_total_variation)
+    for divergence, values in zip(exact, policy.divergences(text, exact), strict=True):
+        value = float(values.abs().max()) if log_ratio.numel() else 0.0
         if value > 1e-6:
             raise UserError(f"self-check: {divergence.__name__} is {value:.3g} at step 0, not 0.")
 

@@ -53,6 +53,10 @@ class SFT(AlignmentModule):
         """Log under val/ (or test/)."""
         name, loss = "test" if self.trainer.testing else "val", self.val_loss.compute()
         self.log_dict({f"{name}/loss": loss, f"{name}/perplexity": loss.exp()}, prog_bar=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset here: a metric that was reset in the inference mode of `validate` could not be updated in `fit`."""
         self.val_loss.reset()
 
+    on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end

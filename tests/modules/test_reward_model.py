@@ -54,7 +54,7 @@ def test_it_learns_a_visible_preference(tmp_path, tiny_llama, data_files):
     )
     module = RewardModel(base_model=tiny_llama, optimizer=adamw(1e-2), **SMALL)
     data = AlpacaDataModule(train=str(path), val=str(path), tokenizer=tiny_llama, task="preference", batch_size=8)
-    runner = trainer(tmp_path, enable_checkpointing=False, max_epochs=3)
+    runner = trainer(tmp_path, enable_checkpointing=False, max_epochs=6)
     runner.fit(module, data)
     assert float(runner.callback_metrics["val/accuracy"]) == 1.0
     assert float(runner.callback_metrics["val/longer_accuracy"]) == 1.0
