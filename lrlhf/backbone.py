@@ -65,7 +65,12 @@ class LoRA:
 
     def peft_config(self) -> LoraConfig:
         """The same settings as peft spells them."""
-        own = {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": self.targets}
+        own: dict[str, Any] = {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": self.targets,
+        }
         twice = sorted(own.keys() & self.options.keys())
         if twice:
             raise UserError(f"lora.options.{twice[0]}: set r, alpha, dropout or targets of lora itself instead.")
@@ -96,9 +101,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.base_model = base_model
         self.lora = lora
-        self.model = load_model(base_model, getattr(torch, dtype)).requires_grad_(False).eval()
+        self.model: Any = load_model(base_model, getattr(torch, dtype)).requires_grad_(False).eval()
         self.fingerprint = fingerprint_model(self.model)
-        self.probe_logits = self._probe()
+        self.probe_logits: Tensor | None = self._probe()
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.stacks: dict[str, tuple[str, ...]] = {}
@@ -180,8 +185,9 @@ class Backbone(nn.Module):
 
     # Passes
 
-    def _current(self) -> nn.Module:
-        return self.copies[self._role] if self._role in self.copies else self.model
+    def _current(self) -> Any:
+        role = str(self._role)
+        return self.copies[role] if role in self.copies else self.model
 
     def encode(self, sequences: Sequences) -> Tensor:
         """Hidden states [B, R + 1, H] from the last prompt token to the last response token, in the current role.
@@ -189,7 +195,7 @@ class Backbone(nn.Module):
         [:, :-1] predicts the response tokens and carries the values before them; [:, 1:] lies on the response tokens.
         """
         mask = sequences.mask
-        output = self._current().get_decoder()(  # type: ignore[operator]
+        output = self._current().get_decoder()(
             input_ids=sequences.ids,
             attention_mask=mask.long(),
             position_ids=position_ids(mask),
@@ -200,11 +206,11 @@ class Backbone(nn.Module):
     @property
     def lm_head(self) -> nn.Module:
         """Maps hidden states [..., H] to logits [..., V], in the current role."""
-        return self._current().get_output_embeddings()  # type: ignore[operator]
+        return self._current().get_output_embeddings()
 
-    def next_token_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache) -> Tensor:
+    def next_token_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits [B, V] after the last of the new tokens `ids` [B, N]; the cache holds what came before."""
-        output = self._current().get_decoder()(  # type: ignore[operator]
+        output = self._current().get_decoder()(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=positions,
@@ -237,10 +243,10 @@ class Backbone(nn.Module):
         """Logits of eight tokens from the untouched base, and a check that its head is a plain product."""
         if next(self.model.parameters()).device.type == "meta":
             return None
-        ids = torch.arange(8)[None] % self.model.config.vocab_size  # type: ignore[union-attr, operator]
+        ids = torch.arange(8)[None] % self.model.config.vocab_size
         logits = self.model(input_ids=ids.to(self.model.device)).logits
-        hidden = self.model.get_decoder()(input_ids=ids.to(self.model.device)).last_hidden_state  # type: ignore
-        if not torch.allclose(self.model.get_output_embeddings()(hidden), logits, atol=1e-3, rtol=1e-3):  # type: ignore
+        hidden = self.model.get_decoder()(input_ids=ids.to(self.model.device)).last_hidden_state
+        if not torch.allclose(self.model.get_output_embeddings()(hidden), logits, atol=1e-3, rtol=1e-3):
             raise UserError(
                 f"base_model={self.base_model}: this architecture scales or caps its logits, which is not supported."
             )
@@ -252,7 +258,7 @@ class Backbone(nn.Module):
         assert self.probe_logits is not None
         before, self._role = self._role, None
         self._activate(None)
-        ids = torch.arange(8)[None] % self.model.config.vocab_size  # type: ignore[union-attr, operator]
+        ids = torch.arange(8)[None] % self.model.config.vocab_size
         logits = self.model(input_ids=ids.to(self.model.device)).logits
         self._role = before
         self._activate(before)
@@ -270,7 +276,7 @@ class Backbone(nn.Module):
             if self._peft:
                 self._peft[0].add_adapter(name, config)
             else:
-                self._peft.append(PeftModel(self.model, config, adapter_name=name))  # type: ignore[arg-type]
+                self._peft.append(PeftModel(self.model, config, adapter_name=name))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"lora: {error}") from error
 
@@ -278,7 +284,7 @@ class Backbone(nn.Module):
         return [p for key, p in self.model.named_parameters() if "lora_" in key and name in key.split(".")]
 
     def _new_head(self, start: Literal["random", "zero"]) -> nn.Linear:
-        width = self.model.get_output_embeddings().in_features  # type: ignore[operator]
+        width = self.model.get_output_embeddings().in_features
         head = nn.Linear(width, 1, dtype=torch.float32, device=next(self.model.parameters()).device)
         nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1) if start == "random" else 0.0)
         nn.init.zeros_(head.bias)
@@ -291,8 +297,8 @@ class Backbone(nn.Module):
                 str(folder), selected_adapters=list(self.stacks[role]), save_embedding_layers=False
             )
         elif role in self._trainable:
-            model = self.copies[role] if role in self.copies else self.model
-            model.save_pretrained(folder / "model")  # type: ignore[operator]
+            model: Any = self.copies[role] if role in self.copies else self.model
+            model.save_pretrained(folder / "model")
         if role in self.heads:
             save_file(dict(self.heads[role].state_dict()), folder / "head.safetensors")
 
@@ -306,7 +312,7 @@ class Backbone(nn.Module):
             if adapter not in self.adapters:
                 self._load_adapter(adapter, folder / adapter)
         if not stack and (folder / "model").is_dir():
-            self.copies[role] = load_model(str(folder / "model"), self.model.dtype).eval()  # type: ignore[arg-type]
+            self.copies[role] = load_model(str(folder / "model"), self.model.dtype).eval()
         if head:
             path = folder / "head.safetensors"
             if not path.is_file():
@@ -324,7 +330,7 @@ class Backbone(nn.Module):
             if self._peft:
                 self._peft[0].load_adapter(str(folder), adapter_name=name)
             else:
-                self._peft.append(PeftModel.from_pretrained(self.model, str(folder), adapter_name=name))  # type: ignore
+                self._peft.append(PeftModel.from_pretrained(self.model, str(folder), adapter_name=name))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: this adapter cannot be loaded on {self.base_model} ({error}).") from error
 
@@ -335,7 +341,7 @@ class Backbone(nn.Module):
     def export_adapter(self, role: str, folder: Path) -> None:
         """Write the stack of a role as ONE peft adapter, folder/adapter, of rank the sum of the stack's ranks."""
         stack = list(self.stacks[role])
-        model = self._peft[0]
+        model: Any = self._peft[0]
         model.base_model.add_weighted_adapter(stack, [1.0] * len(stack), "adapter", combination_type="cat")
         try:
             model.save_pretrained(str(folder), selected_adapters=["adapter"], save_embedding_layers=False)

@@ -70,7 +70,7 @@ def load_run(folder: Path, role_folder: str) -> tuple[Any, Any, Any]:
     checkpoint = torch.load(last, weights_only=True, map_location="cpu")
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
-    module.backbone.eval()
+    module.eval()
     return config, module, data
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -77,7 +78,7 @@ def _converted(gguf: Path) -> Path:
     return folder
 
 
-def load_tokenizer(base_model: str):
+def load_tokenizer(base_model: str) -> Any:
     """The tokenizer of a base model, with a pad token (the end-of-sequence token where it has none)."""
     from transformers import AutoTokenizer
 
@@ -123,7 +124,7 @@ def fingerprint_model(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint_tokenizer(tokenizer) -> str:
+def fingerprint_tokenizer(tokenizer: Any) -> str:
     """A hash of vocabulary and special tokens."""
     parts = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -80,7 +80,7 @@ class DivergenceCallback(RolloutCallback):
         mask = rollout.response_mask
         values = measure(policy, rollout, rollout.logprobs, (self.divergence, *self.also_log))
         penalty = self.coefficient * values[_name(self.divergence)]
-        metrics = {f"divergence/{name}": masked_mean(value, mask) for name, value in values.items()}
+        metrics: dict[str, Any] = {f"divergence/{name}": masked_mean(value, mask) for name, value in values.items()}
         metrics |= {"coefficient": self.coefficient, "penalty": penalty.sum(-1).mean()}
         policy.log_dict({f"{stage(trainer)}/{k}": float(v) for k, v in metrics.items()}, batch_size=len(rollout))
         if self.controller and trainer.training:

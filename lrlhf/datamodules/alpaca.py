@@ -3,8 +3,8 @@
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -19,7 +19,11 @@ from lrlhf.pretrained import load_tokenizer
 
 Task = Literal["sft", "preference", "prompts"]
 
-COLLATE = {"sft": collate_sequences, "preference": collate_preferences, "prompts": collate_prompts}
+COLLATE: dict[str, Callable[[Sequence[Tokenized]], Any]] = {
+    "sft": collate_sequences,
+    "preference": collate_preferences,
+    "prompts": collate_prompts,
+}
 RESPONSES = {"sft": 1, "preference": 2, "prompts": 0}
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import string
 from abc import ABC, abstractmethod
+from typing import Any
 
 from lrlhf.datamodules.formats import BadRow, Row
 from lrlhf.errors import UserError
@@ -15,7 +16,7 @@ class Template(ABC):
     """Whether the tokenizer adds its begin-of-sequence token to the text."""
 
     @abstractmethod
-    def render(self, row: Row, tokenizer) -> str:
+    def render(self, row: Row, tokenizer: Any) -> str:
         """The prompt's text."""
 
     @property
@@ -49,7 +50,7 @@ class TextTemplate(Template):
         self.without_input = without_input
         self.with_input = with_input
 
-    def render(self, row: Row, tokenizer) -> str:
+    def render(self, row: Row, tokenizer: Any) -> str:
         """The instruction, with the input where there is one."""
         if len(row.messages) != 1:
             raise BadRow("several turns or a system message need data.template: lrlhf.datamodules.ChatTemplate")
@@ -81,7 +82,7 @@ class ChatTemplate(Template):
 
     adds_special_tokens = False
 
-    def render(self, row: Row, tokenizer) -> str:
+    def render(self, row: Row, tokenizer: Any) -> str:
         """All turns, then the header of the assistant's."""
         if tokenizer.chat_template is None:
             raise UserError("data.template: this tokenizer has no chat template; use AlpacaTemplate or TextTemplate.")

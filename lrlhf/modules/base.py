@@ -150,7 +150,7 @@ class AlignmentModule(L.LightningModule):
 
     # Optimise
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer of everything that trains, and its schedule over the batches of this fit."""
         try:
             optimizer = self.optimizer(self.backbone.trainable())
@@ -191,7 +191,7 @@ class AlignmentModule(L.LightningModule):
         """Move the schedule and the count on, and log."""
         schedule = self.lr_schedulers()
         learning_rate = schedule.get_last_lr()[0]  # type: ignore[union-attr]
-        schedule.step()  # type: ignore[union-attr, call-arg]
+        schedule.step()  # type: ignore[union-attr]
         self.log_dict({f"train/{k}": v for k, v in metrics.items()} | {"train/learning_rate": learning_rate})
         self.iteration += 1
 

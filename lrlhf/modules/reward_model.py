@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 
+from lrlhf.backbone import Backbone
 from lrlhf.errors import UserError
 from lrlhf.functional import preference_loss
 from lrlhf.modules.base import AlignmentModule
@@ -98,7 +99,7 @@ class RewardModel(AlignmentModule):
 
 
 @torch.no_grad()
-def score_in_pieces(backbone, role: str, batch: Sequences, size: int) -> Tensor:
+def score_in_pieces(backbone: Backbone, role: str, batch: Sequences, size: int) -> Tensor:
     """Scores [B] fp32 of a role, computed in micro-batches of `size` rows."""
     scores = torch.zeros(len(batch), device=batch.prompt_ids.device)
     with backbone.role(role):
