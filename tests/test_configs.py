@@ -78,7 +78,7 @@ def test_ppo_has_the_paper_s_numbers(capsys, tmp_path, llama_7b_shape):
     assert (model["discount"], model["trace_decay"], model["whiten_rewards"]) == (1.0, 0.95, True)
     assert (data["max_prompt_tokens"], model["sampling"]["max_new_tokens"]) == (192, 300)
     callback = values["trainer"]["callbacks"][-1]["init_args"]
-    assert (callback["divergence"], callback["coefficient"]) == ("lrlhf.functional.divergence.js_paper", 0.02)
+    assert (callback["divergence"], callback["coefficient"]) == ("lrlhf.functional.js_paper", 0.02)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])

@@ -154,14 +154,17 @@ class AlpacaDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """In the order of the file: prompts for SFT and PPO, pairs for a reward model."""
-        return self._loader("predict", self.val_batch_size)
+        task = "prompts" if self.task == "sft" else self.task
+        # Lightning wraps the sampler of a prediction loader, and can do so with its own kind alone.
+        rows: Any = self.rows["predict"]
+        return DataLoader(rows, batch_size=self.val_batch_size, collate_fn=COLLATE[task])
 
     # Rows
 
     def _loader(
         self, view: str, batch_size: int, grouped: bool = False, shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader:
-        rows = self.rows[view]
+        rows: Any = self.rows[view]
         sampler = BatchSampler(
             [row.length for row in rows],
             batch_size,
@@ -172,11 +175,10 @@ class AlpacaDataModule(L.LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )
-        task = "prompts" if view == "predict" and self.task == "sft" else self.task
         return DataLoader(
-            rows,  # type: ignore[arg-type]
+            rows,
             batch_sampler=sampler,
-            collate_fn=COLLATE[task],
+            collate_fn=COLLATE[self.task],
             num_workers=self.num_workers,
             generator=torch.Generator(),
         )
