@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lrlhf.backbone import Backbone, LoRA
 from lrlhf.functional import token_statistics
@@ -87,6 +87,18 @@ def test_left_padding_changes_no_log_probability(backbone, left):
             return token_statistics(hidden, backbone.lm_head, batch.response_ids, batch.response_mask).logprobs
 
     torch.testing.assert_close(logprobs(sequences(left=left)), logprobs(sequences()), atol=2e-5, rtol=1e-4)
+
+
+def test_left_padding_changes_nothing_where_positions_are_absolute(tmp_path, tiny_llama):
+    """LLaMA's rotary positions forgive a shift; GPT-2's learned ones do not."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    backbone = Backbone(str(tmp_path)).eval()
+    backbone.add_role("base")
+    torch.testing.assert_close(
+        encode(backbone, "base", sequences(left=9))[0], encode(backbone, "base", sequences())[0], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_adapters_off_give_the_base_before_and_after_training(backbone, tiny_llama):

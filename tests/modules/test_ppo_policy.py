@@ -9,6 +9,7 @@ import torch
 from lrlhf import (
     AdaptiveCoefficient,
     DivergenceCallback,
+    LoRA,
     MissingEOSPenalty,
     PPOPolicy,
     RolloutCallback,
@@ -45,6 +46,14 @@ def fit(tmp_path, module, data, *callbacks, batches=2, **settings) -> Recorder:
     return recorder
 
 
+def ending_often(base, **settings) -> PPOPolicy:
+    """A policy for which many tokens end a response, so that lengths differ."""
+    module = ppo(base, **settings)
+    module.configure_model()
+    module.stop_ids = torch.arange(2, 80)
+    return module
+
+
 def experience_of(module, tiny_llama, data_files, tmp_path) -> Experience:
     """One real experience, of a policy that has moved away from its reference."""
     fit(tmp_path, module, prompt_data(tiny_llama, data_files), batches=1)
@@ -78,7 +87,12 @@ def gradients(module, experience) -> list[torch.Tensor]:
 
 
 def test_at_learning_rate_zero_every_ratio_is_one_and_no_weight_moves(tmp_path, tiny_llama, data_files):
-    module = ppo(tiny_llama, lr=0.0)
+    module = ppo(tiny_llama, lr=0.0, lora=LoRA(r=2, alpha=4, dropout=0.5))
+    module.configure_model()
+    for name, parameter in module.backbone.named_parameters():
+        if "lora_B.policy" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    module._checked = True  # a policy that has moved, so that dropout would show
     recorder = fit(tmp_path, module, prompt_data(tiny_llama, data_files))
     for metrics in recorder.metrics:
         # old and new log-probs come from one code path; another batch width rounds fp32 sums differently
@@ -88,7 +102,8 @@ def test_at_learning_rate_zero_every_ratio_is_one_and_no_weight_moves(tmp_path, 
 
 
 def test_the_score_lands_on_the_last_response_token_and_nowhere_else(tmp_path, tiny_llama, data_files):
-    recorder = fit(tmp_path, ppo(tiny_llama), prompt_data(tiny_llama, data_files))
+    recorder = fit(tmp_path, ending_often(tiny_llama), prompt_data(tiny_llama, data_files))
+    assert len({int(n) for rollout in recorder.rollouts for n in rollout.lengths}) > 2
     for rollout, rewards in zip(recorder.rollouts, recorder.rewards, strict=True):
         for row in range(len(rollout)):
             expected = torch.zeros(rewards.shape[1])
@@ -184,17 +199,21 @@ def test_inner_epochs_stop_when_the_update_is_too_far(tmp_path, tiny_llama, data
 
 
 def test_a_missing_end_costs_the_penalty_at_the_last_token(tmp_path, tiny_llama, data_files):
-    plain = fit(tmp_path, ppo(tiny_llama, lr=0.0), prompt_data(tiny_llama, data_files), batches=1)
-    taxed = fit(
-        tmp_path, ppo(tiny_llama, lr=0.0), prompt_data(tiny_llama, data_files), MissingEOSPenalty(2.5), batches=1
-    )
-    rollout = plain.rollouts[0]
+    rewards = []
+    for callbacks in ([], [MissingEOSPenalty(2.5)]):
+        L.seed_everything(3)
+        module = ending_often(tiny_llama, lr=0.0)
+        recorder = fit(tmp_path, module, prompt_data(tiny_llama, data_files), *callbacks, batches=1)
+        rewards.append(recorder.rewards[0])
+    rollout, seen = recorder.rollouts[0], set()
     for row in range(len(rollout)):
         length = int(rollout.response_mask[row].sum())
-        expected = plain.rewards[0][row].clone()
-        if rollout.response_ids[row, length - 1] != 2:
-            expected[length - 1] -= 2.5
-        assert torch.equal(taxed.rewards[0][row], expected)
+        ended = 2 <= int(rollout.response_ids[row, length - 1]) < 80
+        expected = rewards[0][row].clone()
+        expected[length - 1] -= 0.0 if ended else 2.5
+        assert torch.equal(rewards[1][row], expected)
+        seen.add(ended)
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("function", [kl, js, exact_kl])
