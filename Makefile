@@ -19,7 +19,7 @@ check: $(READY)  ## style and types
 
 lock: $(READY)  ## hashes for installs straight from the package index
 	$(RUN)/pip install -q uv && $(RUN)/uv pip compile pyproject.toml --extra demo -c constraints.txt \
-		--universal --python-version 3.10 --generate-hashes --no-header --no-annotate -o requirements.lock
+		--universal --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements.lock
 
 # torch first and alone: then nothing else can pull in another build of it.
 $(READY): pyproject.toml constraints.txt
