@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lrlhf.errors import UserError
+from lrlhf.settings import import_function, read_yaml
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -91,8 +90,6 @@ def align(arguments: list[str]) -> None:
         return
     plan = Plan.read(arguments)
     if plan.compare.get("gold"):
-        from lrlhf.comparison import import_function
-
         import_function(plan.compare["gold"])
     upstream = ""
     for stage in plan.stages:
@@ -107,7 +104,7 @@ def align(arguments: list[str]) -> None:
 
 def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
     """Fit one stage unless it is done; its fingerprint."""
-    from lrlhf.cli import run_stage
+    from lrlhf.lightning_cli import run_stage
 
     folder = plan.run / stage
     arguments = ["fit"]
@@ -154,22 +151,3 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
             value = rest.pop(0)
         pairs.append((name, value))
     return pairs
-
-
-def read_yaml(path: Path, expected: str) -> dict[str, Any]:
-    """The keys of a config file.
-
-    Raises:
-        UserError: no such file, or one that holds no YAML or no keys.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no config file {path}.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())  # type: ignore
-        raise UserError(f"{path}: not valid YAML ({where}).") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected {expected}, got {type(values).__name__}.")
-    return values

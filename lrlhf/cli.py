@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 USAGE = """usage: lrlhf COMMAND [options]
 
@@ -41,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             report(rest)
         elif command in ("fit", "validate", "test", "predict"):
+            from lrlhf.lightning_cli import run_stage
+
             run_stage([command, *rest])
         elif command == "--version":
             from lrlhf import __version__
@@ -89,36 +90,6 @@ def keep_freed_memory() -> None:
             mallopt(m_mmap_max, 0)
             mallopt(m_trim_threshold, 2**31 - 1)
             mallopt(m_top_pad, 64 * 2**20)
-
-
-def run_stage(arguments: list[str]) -> Any:
-    """One LightningCLI command; returns the CLI, whose `trainer` and `model` have run.
-
-    Raises:
-        UserError: a config, a setting or a row that cannot be used.
-    """
-    import lightning as L
-    from jsonargparse import set_parsing_settings
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    from lrlhf.errors import UserError
-    from lrlhf.lightning_cli import AlignmentCLI, Parser, SaveConfig
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    try:
-        return AlignmentCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"max_epochs": 1, "use_distributed_sampler": False},
-            parser_class=Parser,
-            args=arguments,
-        )
-    except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from lrlhf.callbacks.divergence import measure
 from lrlhf.errors import UserError
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
+from lrlhf.settings import import_function
 from lrlhf.types import Prompts, Sequences
 
 MEASURED = (kl, js, js_paper, exact_kl, exact_forward_kl, exact_js, exact_total_variation)
@@ -72,21 +73,6 @@ def load_run(folder: Path, role_folder: str) -> tuple[Any, Any, Any]:
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     module.eval()
     return config, module, data
-
-
-def import_function(path: str) -> Any:
-    """A function by import path.
-
-    Raises:
-        UserError: there is none.
-    """
-    from importlib import import_module
-
-    name, _, attribute = path.rpartition(".")
-    try:
-        return getattr(import_module(name), attribute)
-    except (ImportError, AttributeError, ValueError):
-        raise UserError(f"{path} cannot be imported; give the import path of a function.") from None
 
 
 def _describe(module: Any, sequences: Sequences, batch: Prompts, gold_function: Any) -> list[dict[str, Any]]:

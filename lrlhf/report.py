@@ -6,22 +6,19 @@ nothing about another training seed. What a run folder lacks is left out; only c
 """
 
 import base64
-import csv
 import html
 import json
 import math
 import unicodedata
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 from lrlhf.errors import UserError
+from lrlhf.plots import Plot, make_plots, read_curves
 
 try:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -35,7 +32,6 @@ Z = NormalDist().inv_cdf(0.975)
 SIDES = ("before", "after")
 HEADINGS = ("", "Value", "95 % interval", "n")
 CAVEAT = "Intervals cover the choice of prompts, not another training seed."
-DIVERGENCE = "train/divergence/"
 HEAD = """<!doctype html><html lang=en><meta charset=utf-8><title>lrlhf report</title>
 <meta name=viewport content="width=device-width, initial-scale=1">
 <meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -58,31 +54,10 @@ pre { background: #f8fafc; border-radius: .4rem; padding: .7rem; margin: .4rem 0
 </style>
 """
 
-PLOTS = (  # stage, metric, title, unit, dotted guide, what to look for
-    ("ppo", "score", "Learned score", "score, mean of a rollout", None,
-     "Should rise and level off; held-out prompts should follow the training prompts."),
-    ("ppo", "length", "Response length", "tokens per response", None,
-     "If it climbs with the score, the reward model may be paying for words."),
-    ("sft", "loss", "SFT loss", "loss (nats per token)", None,
-     "Should fall; a held-out loss that turns up again means memorising."),
-    ("reward", "loss", "Reward model loss", "loss (nats per pair)", math.log(2),
-     "Should fall below the dotted line, the loss of tossing a coin."),
-    ("ppo", "update_kl", "Update KL", "nats per token", 0.0,
-     "How far one iteration moves the policy: small and steady; spikes ask for a lower learning rate."),
-    ("ppo", "clip_fraction", "Clip fraction", "share of tokens", 0.0,
-     "Tokens stopped by PPO's clip range: up to 0.3 is usual; near 0 the policy hardly moves."),
-    ("ppo", "explained_variance", "Explained variance", "share (1 = perfect critic)", 0.0,
-     "Should rise above the dotted line, where the critic is no better than a constant."),
-    ("ppo", "entropy", "Entropy", "nats per token", None,
-     "May sink slowly; a collapse to 0 means that all responses become the same."),
-)  # fmt: skip
-
 Line = tuple[str, str, str, str]
 """Label, value, interval, n."""
 Row = dict[str, Any]
 """One prompt of comparison.json."""
-Curves = dict[str, dict[int, float]]
-"""Metrics by name: the value at each step that logged it."""
 
 
 class Estimate(NamedTuple):
@@ -92,14 +67,6 @@ class Estimate(NamedTuple):
     low: float
     high: float
     n: int
-
-
-class Plot(NamedTuple):
-    """A figure, its file name, and a sentence on what to look for."""
-
-    name: str
-    hint: str
-    figure: Figure
 
 
 def main(arguments: list[str]) -> None:
@@ -144,19 +111,6 @@ def read_comparison(run: Path) -> dict[str, Any]:
     if not isinstance(comparison, dict) or not isinstance(comparison.get("rows"), list):
         raise UserError(f"report: {path} has no list named rows; run lrlhf align again.")
     return comparison
-
-
-def read_curves(path: Path) -> Curves:
-    """The columns of a CSVLogger file; none without the file."""
-    curves: Curves = {}
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            for row in csv.DictReader(file):
-                for name, cell in row.items():
-                    with suppress(ValueError, TypeError):  # empty, or the last line of a run that was killed
-                        step, value = int(row["step"]), float(cell)
-                        curves.setdefault(name, {})[step] = value
-    return curves
 
 
 # Measure
@@ -261,74 +215,6 @@ def describe_seconds(seconds: dict[str, float]) -> str:
     """Time per stage and together."""
     parts = [f"{stage} {value:.0f} s" for stage, value in seconds.items()]
     return f"Time: {', '.join(parts)}; together {sum(seconds.values()) / 60:.1f} minutes." if parts else ""
-
-
-# Plot
-
-
-def make_plots(stages: dict[str, Curves]) -> list[Plot]:
-    """The plots whose metrics were logged."""
-    plots = [frontier_plot(stages["ppo"])]
-    for stage, metric, title, unit, guide, hint in PLOTS:
-        found = {"training": stages[stage].get(f"train/{metric}"), "held-out": stages[stage].get(f"val/{metric}")}
-        curves = {label: curve for label, curve in found.items() if curve}
-        if curves:
-            steps = "PPO iteration" if stage == "ppo" else "optimizer step"
-            plots.append(Plot(f"{stage}_{metric}", hint, line_figure(title, steps, unit, curves, guide)))
-    return [plot for plot in plots if plot]
-
-
-def line_figure(title: str, steps: str, unit: str, curves: Curves, guide: float | None) -> Figure:
-    """Curves over their steps, counted from 1."""
-    figure, axes = _axes(title, steps, unit)
-    for (label, curve), color in zip(curves.items(), ("#2563eb", "#ea580c"), strict=False):
-        marker = "o" if len(curve) <= 40 else ""
-        axes.plot([s + 1 for s in curve], list(curve.values()), marker=marker, ms=3.5, lw=1.4, color=color, label=label)
-    if guide is not None:
-        axes.axhline(guide, color="#475569", lw=1.2, ls=":")
-    if len(curves) > 1:
-        axes.legend(frameon=False)
-    return figure
-
-
-def frontier_plot(ppo: Curves) -> Plot | None:
-    """What the policy paid in divergence for its score, iteration by iteration."""
-    name, score = penalty_divergence(ppo), ppo.get("train/score", {})
-    divergence = ppo.get(f"{DIVERGENCE}{name}", {})
-    steps = sorted(score.keys() & divergence.keys())
-    if not steps:
-        return None
-    distance = f"{name} from the reference, per token"
-    figure, axes = _axes("Reward against divergence", distance, "score, mean of a rollout")
-    x, y = [divergence[step] for step in steps], [score[step] for step in steps]
-    axes.plot(x, y, color="#cbd5e1", lw=1, zorder=1)
-    points = axes.scatter(x, y, c=[step + 1 for step in steps], cmap="viridis", s=26, zorder=2)
-    figure.colorbar(points, label="PPO iteration")
-    hint = "The right is far from the reference. Good runs climb early; moving right without climbing pays for nothing."
-    return Plot("reward_against_divergence", hint, figure)
-
-
-def penalty_divergence(ppo: Curves) -> str | None:
-    """The divergence that was penalised: the one for which penalty = coefficient * length * divergence per token."""
-    names = [name.removeprefix(DIVERGENCE) for name in ppo if name.startswith(DIVERGENCE)]
-    penalty, coefficient, length = (ppo.get(f"train/{name}", {}) for name in ("penalty", "coefficient", "length"))
-
-    def mismatch(name: str) -> float:
-        curve = ppo[DIVERGENCE + name]
-        steps = curve.keys() & penalty.keys() & coefficient.keys() & length.keys()
-        return sum(abs(penalty[s] - coefficient[s] * length[s] * curve[s]) for s in steps)
-
-    return min(names, key=lambda name: (mismatch(name), name != "kl"), default=None)
-
-
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
-    axes.set(xlabel=x, ylabel=y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e2e8f0", lw=0.8)
-    return figure, axes
 
 
 # Show

@@ -12,16 +12,14 @@ import pytest
 from scipy import stats
 
 from lrlhf.errors import UserError
+from lrlhf.plots import make_plots, penalty_divergence, read_curves
 from lrlhf.report import (
     choose_samples,
     difference,
     main,
-    make_plots,
     make_table,
     mean_interval,
-    penalty_divergence,
     printable,
-    read_curves,
     verdict,
     wilson_interval,
     write_report,
