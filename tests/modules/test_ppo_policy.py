@@ -46,9 +46,13 @@ def fit(tmp_path, module, data, *callbacks, batches=2, **settings) -> Recorder:
     return recorder
 
 
+def never_zero(prompts: list[str], responses: list[str]) -> torch.Tensor:
+    return torch.arange(1.0, len(responses) + 1)
+
+
 def ending_often(base, **settings) -> PPOPolicy:
-    """A policy for which many tokens end a response, so that lengths differ."""
-    module = ppo(base, **settings)
+    """A policy for which many tokens end a response, so that lengths differ, and no score is 0."""
+    module = ppo(base, reward_function=never_zero, **settings)
     module.configure_model()
     module.stop_ids = torch.arange(2, 80)
     return module
