@@ -24,7 +24,12 @@ class Sampling:
     top_p: float = 1.0
     """Draw from the smallest set of tokens with this probability, of all tokens. Not for PPO, for the same reason."""
 
+    batch_size: int = 64
+    """Prompts answered together, per device. Memory only: the key-value cache grows with it."""
+
     def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"sampling.batch_size={self.batch_size} must be at least 1.")
         if self.max_new_tokens < 1:
             raise UserError(f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1.")
         if self.temperature < 0:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from lrlhf.backbone import Backbone, DType, LoRA
@@ -200,15 +201,29 @@ class AlignmentModule(L.LightningModule):
     def sample(self, prompts: Prompts, role: str, *place: int | str) -> tuple[Tensor, Tensor]:
         """Responses of a role: ids and mask [B, R]. The draws depend on the seed and `place` alone."""
         draws = torch.rand(len(prompts), self.sampling.max_new_tokens, generator=generator(*self._seeded(place)))
+        pieces = zip(
+            *(
+                x.split(self.sampling.batch_size)
+                for x in (prompts.prompt_ids, prompts.prompt_mask, draws.to(self.device))
+            ),
+            strict=True,
+        )
         with self.backbone.role(role):
-            return sample_responses(
-                self.backbone,
-                prompts.prompt_ids,
-                prompts.prompt_mask,
-                sampling=self.sampling,
-                stop_ids=self.stop_ids.to(self.device),
-                uniforms=draws.to(self.device),
-            )
+            sampled = [
+                sample_responses(
+                    self.backbone,
+                    ids,
+                    mask,
+                    sampling=self.sampling,
+                    stop_ids=self.stop_ids.to(self.device),
+                    uniforms=uniforms,
+                )
+                for ids, mask, uniforms in pieces
+            ]
+        ids, mask = (
+            pad_sequence([row for piece in x for row in piece], batch_first=True) for x in zip(*sampled, strict=True)
+        )
+        return ids, mask
 
     def _seeded(self, place: tuple[int | str, ...]) -> tuple:
         return getattr(self, "seed", 0), "sampling", *place
