@@ -119,6 +119,7 @@ def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
         return fingerprint
     print(f"{stage}: lrlhf {' '.join(arguments)}")
     start = time.perf_counter()
+    record.unlink(missing_ok=True)
     run_stage(arguments)
     scratch = record.with_suffix(f".{os.getpid()}")
     scratch.write_text(

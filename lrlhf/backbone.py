@@ -339,10 +339,17 @@ class Backbone(nn.Module):
         self.heads[target].load_state_dict(self.heads[source].state_dict())
 
     def export_adapter(self, role: str, folder: Path) -> None:
-        """Write the stack of a role as ONE peft adapter, folder/adapter, of rank the sum of the stack's ranks."""
+        """Write the stack of a role as ONE peft adapter, folder/adapter, of rank the sum of the stack's ranks.
+
+        Nothing is written for DoRA, whose stack is no single adapter.
+        """
         stack = list(self.stacks[role])
         model: Any = self._peft[0]
-        model.base_model.add_weighted_adapter(stack, [1.0] * len(stack), "adapter", combination_type="cat")
+        configs = [model.peft_config[adapter] for adapter in stack]
+        if any(config.use_dora for config in configs):
+            return  # DoRA's magnitudes do not concatenate
+        weight = sum(config.r for config in configs) ** -0.5 if configs[0].use_rslora else 1.0
+        model.base_model.add_weighted_adapter(stack, [weight] * len(stack), "adapter", combination_type="cat")
         try:
             model.save_pretrained(str(folder), selected_adapters=["adapter"], save_embedding_layers=False)
         finally:

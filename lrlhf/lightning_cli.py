@@ -97,7 +97,7 @@ class AlignmentCLI(LightningCLI):
             if config.get("logger") in (None, True):
                 kwargs["logger"] = CSVLogger(folder, name="", version="")
             if config.get("enable_checkpointing") in (None, True) and not _has(callbacks, ModelCheckpoint):
-                callbacks = [*callbacks, ModelCheckpoint(save_last=True)]
+                callbacks = [*callbacks, ModelCheckpoint(save_last=True, enable_version_counter=False)]
         else:
             kwargs |= {"logger": False, "enable_checkpointing": False}
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
@@ -105,7 +105,7 @@ class AlignmentCLI(LightningCLI):
             callbacks = [*callbacks, PredictionWriter()]
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {one_sentence(str(error))}") from error
 
     def _use_last_checkpoint(self) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -121,3 +122,12 @@ def test_a_relaunch_of_the_saved_config_needs_no_flag(aligned):
     run, _ = aligned
     main(["fit", "--config", str(run / "sft/config.yaml")])
     assert (run / "sft/handover/manifest.json").is_file()
+
+
+def test_a_second_run_in_one_folder_is_evaluated_with_its_own_weights(aligned, capsys):
+    run, _ = aligned
+    first = torch.load(run / "sft/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    main(["fit", "--config", str(run / "sft/config.yaml"), "--model.init_args.optimizer.init_args.lr", "0.1"])
+    second = torch.load(run / "sft/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert [p.name for p in (run / "sft/checkpoints").glob("last*")] == ["last.ckpt"]

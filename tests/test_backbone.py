@@ -242,3 +242,16 @@ def test_adapters_and_heads_are_fp32_over_a_bf16_base(tiny_llama):
     backbone.add_role("critic", ("critic",), trainable=True, head="zero")
     assert {p.dtype for p in backbone.trainable()} == {torch.float32}
     assert backbone.model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_the_exported_adapter_of_rank_stabilised_lora_is_the_stack_as_well(tiny_llama, tmp_path):
+    backbone = Backbone(tiny_llama, lora=LoRA(r=2, alpha=4, options={"use_rslora": True})).eval()
+    backbone.add_role("policy", ("sft", "policy"), trainable=True)
+    randomize(backbone, "sft", "policy")
+    backbone.export_adapter("policy", tmp_path)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), str(tmp_path / "adapter")).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad(), backbone.role("policy"):
+        torch.testing.assert_close(
+            backbone.model(input_ids=ids).logits, peft(input_ids=ids).logits, atol=2e-4, rtol=1e-4
+        )

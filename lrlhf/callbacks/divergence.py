@@ -72,6 +72,10 @@ class DivergenceCallback(RolloutCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to be silently without effect."""
+        if sum(isinstance(c, DivergenceCallback) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise UserError(
+                "two DivergenceCallbacks would penalise twice; keep one, with also_log for the others."
+            )
         if not hasattr(pl_module, "divergences"):
             raise UserError(f"DivergenceCallback works with PPOPolicy; {type(pl_module).__name__} makes no rollouts.")
 
@@ -87,6 +91,11 @@ class DivergenceCallback(RolloutCallback):
             per_response = float(values[_name(self.divergence)].sum(-1).mean())
             self.coefficient = self.controller.next(self.coefficient, per_response)
         return rewards - penalty
+
+    @property
+    def state_key(self) -> str:
+        """By divergence, so that two of them live until `setup` refuses them in one sentence."""
+        return self._generate_state_key(divergence=_name(self.divergence))
 
     def state_dict(self) -> dict[str, Any]:
         """The coefficient, which an adaptive run must not forget."""

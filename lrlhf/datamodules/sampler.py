@@ -43,6 +43,11 @@ class BatchSampler(Sampler[list[int]]):
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
+    @property
+    def sampler(self) -> "BatchSampler":
+        """Where Lightning looks for `set_epoch`: on the sampler inside a batch sampler, never on the batch sampler."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this at the start of every epoch."""
         self.epoch = epoch

@@ -82,8 +82,13 @@ class AlignmentModule(L.LightningModule):
         self.max_grad_norm = max_grad_norm
         if micro_batch_size < 1:
             raise UserError(f"model.micro_batch_size={micro_batch_size} must be at least 1.")
+        if lora is None and dtype != "float32":
+            raise UserError(
+                f"model.dtype={dtype} with lora: null would train in {dtype}; set dtype: float32."
+            )
         if max_grad_norm <= 0:
             raise UserError(f"model.max_grad_norm={max_grad_norm} must be positive.")
+        self.seed = 0
         self.parents = [Handover.read(folder) for folder in self.handover_folders()]
         self.iteration = 0
 
@@ -121,6 +126,11 @@ class AlignmentModule(L.LightningModule):
         sft = Handover.read(self.sft)
         if sft.role != "sft":
             raise UserError(f"model.sft={self.sft} was handed over by a {sft.role} run, not by an SFT run.")
+        if self.lora is None or not sft.stack:
+            raise UserError(
+                f"model.sft={self.sft}: adapters and full models cannot be stacked; after full fine-tuning set "
+                f"model.base_model: {sft.folder / 'model'} and model.sft: null."
+            )
         self.backbone.load_role("reference", sft.stack, sft.folder, head=False)
         return sft.stack
 
@@ -134,11 +144,16 @@ class AlignmentModule(L.LightningModule):
                 "trainer.accumulate_grad_batches does not apply here; data.batch_size is the whole batch and "
                 "model.micro_batch_size what fits in memory."
             )
+        if trainer.precision != "32-true":
+            raise UserError(f"trainer.precision={trainer.precision} does not apply here; set model.dtype instead.")
         return []
+
+    def setup(self, stage: str) -> None:
+        """Take the run's seed: what is sampled depends on it and on where in the run it happens, on nothing else."""
+        self.seed = torch.initial_seed() % 2**31
 
     def on_fit_start(self) -> None:
         """Check what a trainer flag would break, and that the data speaks the parents' template."""
-        self.seed = torch.initial_seed() % 2**31
         trainer = self.trainer
         if trainer.world_size > 1:
             raise UserError(f"{trainer.world_size} processes: token counts are not global yet; set trainer.devices: 1.")
@@ -226,7 +241,7 @@ class AlignmentModule(L.LightningModule):
         return ids, mask
 
     def _seeded(self, place: tuple[int | str, ...]) -> tuple:
-        return getattr(self, "seed", 0), "sampling", *place
+        return self.seed, "sampling", *place
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, str]]:
         """AlpacaEval rows: instruction, output, generator, dataset."""
@@ -273,7 +288,7 @@ class AlignmentModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Write the hand-over folder: what the next stage starts from."""
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = Path(self.trainer.default_root_dir) / "handover"
             Handover.write(self, folder)
             rank_zero_info(f"Handed over the {self.role} role in {folder}")

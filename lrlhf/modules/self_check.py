@@ -45,7 +45,7 @@ def self_check(policy: "PPOPolicy", batch: Prompts) -> None:
 def _check_policy_is_reference(policy: "PPOPolicy", batch: Prompts) -> None:
     ids, mask = batch.prompt_ids[:ROWS], batch.prompt_mask[:ROWS]
     half = max(1, ids.shape[1] // 2)
-    text = Sequences(ids[:, :half], mask[:, :half] | True, ids[:, half:], mask[:, half:])
+    text = Sequences(ids[:, :half], mask[:, :half] | True, ids[:, half:], mask[:, half:] | True)
     log_ratio = policy.logprobs(text, "policy") - policy.logprobs(text, "reference")
     worst = float(log_ratio.abs().max()) if log_ratio.numel() else 0.0
     if worst != 0:

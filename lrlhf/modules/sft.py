@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lrlhf.errors import UserError
 from lrlhf.functional import token_statistics
 from lrlhf.modules.base import AlignmentModule
 from lrlhf.types import Sequences
@@ -19,6 +20,8 @@ class SFT(AlignmentModule):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
+        if self.sft:
+            raise UserError("model.sft does not apply to SFT, which starts from model.base_model; set it to null.")
         self.val_loss = MeanMetric()
 
     def build_roles(self) -> None:

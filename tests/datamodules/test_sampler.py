@@ -1,3 +1,4 @@
+import lightning as L
 import pytest
 import torch
 
@@ -75,3 +76,18 @@ def test_grouped_batches_do_not_come_in_order_of_length():
 def test_grouped_rows_meet_other_rows_in_every_epoch():
     first, second = ({frozenset(b) for b in batches(epoch, shuffle=True, group_by_length=True)} for epoch in range(2))
     assert not first & second
+
+
+def test_lightning_moves_the_epoch_so_that_every_epoch_has_another_order(tmp_path, tiny_llama, data_files):
+    from tests.modules.helpers import ppo, prompt_data, trainer
+
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(tuple(batch.texts))
+
+    runner = trainer(tmp_path, callbacks=[Watch()], max_epochs=2, limit_train_batches=1, enable_checkpointing=False)
+    runner.fit(ppo(tiny_llama), prompt_data(tiny_llama, data_files))
+    assert len(seen) == 2
+    assert set(seen[0]) != set(seen[1])
