@@ -73,9 +73,7 @@ class DivergenceCallback(RolloutCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to be silently without effect."""
         if sum(isinstance(c, DivergenceCallback) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise UserError(
-                "two DivergenceCallbacks would penalise twice; keep one, with also_log for the others."
-            )
+            raise UserError("two DivergenceCallbacks would penalise twice; keep one, with also_log for the others.")
         if not hasattr(pl_module, "divergences"):
             raise UserError(f"DivergenceCallback works with PPOPolicy; {type(pl_module).__name__} makes no rollouts.")
 

@@ -83,9 +83,7 @@ class AlignmentModule(L.LightningModule):
         if micro_batch_size < 1:
             raise UserError(f"model.micro_batch_size={micro_batch_size} must be at least 1.")
         if lora is None and dtype != "float32":
-            raise UserError(
-                f"model.dtype={dtype} with lora: null would train in {dtype}; set dtype: float32."
-            )
+            raise UserError(f"model.dtype={dtype} with lora: null would train in {dtype}; set dtype: float32.")
         if max_grad_norm <= 0:
             raise UserError(f"model.max_grad_norm={max_grad_norm} must be positive.")
         self.seed = 0
