@@ -28,7 +28,7 @@ def compare(run: Path, gold: str | None = None, prompts: str | None = None, coun
         count: prompts at most.
     """
     start = time.perf_counter()
-    config, module, data = load_run(run / "ppo", "ppo")
+    config, module, data = load_run(run / "ppo")
     data.val_limit = count
     if prompts is not None:
         data.sources["val"] = prompts
@@ -58,7 +58,7 @@ def compare(run: Path, gold: str | None = None, prompts: str | None = None, coun
     (run / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def load_run(folder: Path, role_folder: str) -> tuple[Any, Any, Any]:
+def load_run(folder: Path) -> tuple[Any, Any, Any]:
     """Config, module (with the weights it ended with) and data module of a run folder."""
     from lrlhf.lightning_cli import parse_config
 

@@ -87,7 +87,7 @@ class AlignmentModule(L.LightningModule):
         if max_grad_norm <= 0:
             raise UserError(f"model.max_grad_norm={max_grad_norm} must be positive.")
         self.seed = 0
-        self.parents = [Handover.read(folder) for folder in self.handover_folders()]
+        self.parents = {folder: Handover.read(folder) for folder in self.handover_folders()}
         self.iteration = 0
 
     # Build
@@ -112,7 +112,7 @@ class AlignmentModule(L.LightningModule):
             dtype=self.dtype_name,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        for parent in self.parents:
+        for parent in self.parents.values():
             parent.check(self.backbone, fingerprint_tokenizer(self.tokenizer))
         self.build_roles()
         self.backbone.eval()
@@ -121,7 +121,7 @@ class AlignmentModule(L.LightningModule):
         """Load the SFT adapter if there is one; the stack that everything else lies on."""
         if not self.sft:
             return ()
-        sft = Handover.read(self.sft)
+        sft = self.parents[self.sft]
         if sft.role != "sft":
             raise UserError(f"model.sft={self.sft} was handed over by a {sft.role} run, not by an SFT run.")
         if self.lora is None or not sft.stack:
@@ -155,7 +155,7 @@ class AlignmentModule(L.LightningModule):
         trainer = self.trainer
         if trainer.world_size > 1:
             raise UserError(f"{trainer.world_size} processes: token counts are not global yet; set trainer.devices: 1.")
-        for parent in self.parents:
+        for parent in self.parents.values():
             parent.check_template(self.template_fingerprint())
 
     def template_fingerprint(self) -> str | None:

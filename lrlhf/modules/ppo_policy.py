@@ -122,7 +122,7 @@ class PPOPolicy(AlignmentModule):
         below = self.load_sft()
         under_critic = below
         if self.reward_model is not None:
-            reward = Handover.read(self.reward_model)
+            reward = self.parents[self.reward_model]
             self._check_reward(reward, below)
             self.backbone.load_role("reward", reward.stack, reward.folder, head=True)
             under_critic = reward.stack
@@ -138,7 +138,7 @@ class PPOPolicy(AlignmentModule):
                 f"the reward model lies on the adapters {list(reward.stack)} and the policy on {list(below)}; "
                 "give model.sft the SFT run that the reward model started from."
             )
-        if self.sft and reward.adapters.get("sft") != Handover.read(self.sft).adapters.get("sft"):
+        if self.sft and reward.adapters.get("sft") != self.parents[self.sft].adapters.get("sft"):
             raise UserError(
                 f"model.reward_model={self.reward_model} was trained on another SFT adapter than model.sft={self.sft}."
             )

@@ -93,10 +93,6 @@ class RewardModel(AlignmentModule):
         columns = (*texts, chosen.tolist(), rejected.tolist())
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    def score(self, batch: Sequences) -> Tensor:
-        """Scores [B] fp32 of responses, in pieces, without gradients."""
-        return score_in_pieces(self.backbone, "reward", batch, self.micro_batch_size)
-
 
 @torch.no_grad()
 def score_in_pieces(backbone: Backbone, role: str, batch: Sequences, size: int) -> Tensor:

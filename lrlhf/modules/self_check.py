@@ -58,7 +58,7 @@ def _check_policy_is_reference(policy: "PPOPolicy", batch: Prompts) -> None:
 
 
 def _check_reward(policy: "PPOPolicy") -> None:
-    manifest = next((parent for parent in policy.parents if parent.head), None)
+    manifest = next((parent for parent in policy.parents.values() if parent.head), None)
     if manifest is None or manifest.probe_score is None:
         return
     score = score_probe(policy.backbone, "reward", policy.tokenizer)

@@ -49,6 +49,16 @@ def ppo(base, lr=1e-2, kind=PPOPolicy, **settings) -> PPOPolicy:
     return kind(base_model=base, **{**SMALL, **defaults, **settings})
 
 
+def ppo_after_both_stages(base, files, folder) -> PPOPolicy:
+    """Trains SFT and a reward model in `folder`, and builds the policy that starts from them."""
+    train_sft(base, files, folder / "sft")
+    train_reward(base, files, folder / "reward", sft=str(folder / "sft/handover"))
+    parents = {"sft": str(folder / "sft/handover"), "reward_model": str(folder / "reward/handover")}
+    module = ppo(base, reward_function=None, **parents)
+    module.configure_model()
+    return module
+
+
 def prompt_data(base, files, **settings) -> AlpacaDataModule:
     return AlpacaDataModule(
         **{"train": files["prompts"], "tokenizer": base, "task": "prompts", "batch_size": 8, **settings}

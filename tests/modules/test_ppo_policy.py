@@ -5,6 +5,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lrlhf import (
     AdaptiveCoefficient,
@@ -20,7 +21,7 @@ from lrlhf import (
 from lrlhf.functional import exact_kl, js, kl
 from lrlhf.metrics import Means
 from lrlhf.types import Experience, Prompts, Rollout, Sequences
-from tests.modules.helpers import ppo, prompt_data, train_reward, train_sft, trainer
+from tests.modules.helpers import ppo, ppo_after_both_stages, prompt_data, train_sft, trainer
 
 
 class Recorder(RolloutCallback):
@@ -164,23 +165,16 @@ def test_the_loss_is_the_paper_s_by_hand(tmp_path, tiny_llama, data_files):
 
 
 def test_a_fit_changes_only_the_policy_the_critic_and_its_head(tmp_path, tiny_llama, data_files):
-    sft = train_sft(tiny_llama, data_files, tmp_path / "sft")
-    train_reward(tiny_llama, data_files, tmp_path / "reward", sft=str(tmp_path / "sft/handover"))
-    module = ppo(
-        tiny_llama,
-        reward_function=None,
-        sft=str(tmp_path / "sft/handover"),
-        reward_model=str(tmp_path / "reward/handover"),
-    )
-    module.configure_model()
+    module = ppo_after_both_stages(tiny_llama, data_files, tmp_path)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     fit(tmp_path, module, prompt_data(tiny_llama, data_files))
     changed = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if ".policy." in n or ".critic." in n}
     assert module.trainable_names() == changed
+    handed_over = load_file(tmp_path / "sft/handover/sft/adapter_model.safetensors")
     assert torch.equal(
         module.backbone.model.model.layers[0].self_attn.q_proj.lora_B.sft.weight,
-        sft.backbone.model.model.layers[0].self_attn.q_proj.lora_B.sft.weight,
+        handed_over["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"],
     )
 
 

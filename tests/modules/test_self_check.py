@@ -5,20 +5,12 @@ import torch
 
 from lrlhf import UserError
 from lrlhf.modules.self_check import self_check
-from tests.modules.helpers import ppo, prompt_data, train_reward, train_sft
+from tests.modules.helpers import ppo_after_both_stages, prompt_data
 
 
 @pytest.fixture
 def ready(tmp_path, tiny_llama, data_files):
-    train_sft(tiny_llama, data_files, tmp_path / "sft")
-    train_reward(tiny_llama, data_files, tmp_path / "reward", sft=str(tmp_path / "sft/handover"))
-    module = ppo(
-        tiny_llama,
-        reward_function=None,
-        sft=str(tmp_path / "sft/handover"),
-        reward_model=str(tmp_path / "reward/handover"),
-    )
-    module.configure_model()
+    module = ppo_after_both_stages(tiny_llama, data_files, tmp_path)
     data = prompt_data(tiny_llama, data_files)
     data.setup("fit")
     return module, next(iter(data.train_dataloader()))
