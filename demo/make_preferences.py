@@ -1,4 +1,4 @@
-"""How demo/data/preferences.jsonl was made: VADER's best and worst of four responses of the demo's SFT model.
+"""How demo/data/preferences.jsonl was made: VADER's two best against its two worst of eight responses of the SFT model.
 
     python demo/make_preferences.py runs/demo/sft/handover
 
@@ -24,8 +24,10 @@ TEMPLATE = TextTemplate(
     with_input="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
 )
 SAMPLING = Sampling(max_new_tokens=48, temperature=0.8)
-SAMPLES = 4
-SMALLEST_DIFFERENCE = 0.3
+SAMPLES = 8
+PAIRS = 2
+SMALLEST_DIFFERENCE = 0.4
+BATCH = 96
 
 
 def score(gold: torch.Tensor, sample: int, row: int) -> float:
@@ -36,7 +38,7 @@ def main(folder: str) -> None:
     handover = Handover.read(folder)
     backbone = Backbone(handover.base_model, dtype="bfloat16")
     backbone.load_role("sft", handover.stack, handover.folder, head=False)
-    data = AlpacaDataModule(predict=str(DATA / "prompts.jsonl"), template=TEMPLATE, task="prompts", val_batch_size=32)
+    data = AlpacaDataModule(predict=str(DATA / "prompts.jsonl"), template=TEMPLATE, task="prompts", val_batch_size=BATCH)
     data.setup("predict")
     prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").open()]
     stop = torch.tensor([data.tokenizer.eos_token_id])
@@ -54,16 +56,15 @@ def main(folder: str) -> None:
             )
         gold = torch.stack([vader_sentiment([], texts) for texts in samples])
         for i in range(len(batch)):
-            best, worst = int(gold[:, i].argmax()), int(gold[:, i].argmin())
-            if gold[best, i] - gold[worst, i] < SMALLEST_DIFFERENCE:
-                continue
-            first = (number + i) % 2
-            pair = (best, worst) if first == 0 else (worst, best)
-            row = {**prompts[number * 32 + i], "output_1": samples[pair[0]][i], "output_2": samples[pair[1]][i]}
-            rows.append(
-                row | {"preference": 1 + first, "gold_1": score(gold, pair[0], i), "gold_2": score(gold, pair[1], i)}
-            )
-        print(f"{len(rows)} pairs of {(number + 1) * 32} prompts", flush=True)
+            ranked = gold[:, i].argsort(descending=True).tolist()
+            for better, worse in zip(ranked[:PAIRS], ranked[::-1][:PAIRS], strict=True):
+                if gold[better, i] - gold[worse, i] < SMALLEST_DIFFERENCE:
+                    continue
+                first, second = (better, worse) if len(rows) % 2 == 0 else (worse, better)
+                row = {**prompts[number * BATCH + i], "output_1": samples[first][i], "output_2": samples[second][i]}
+                row["preference"] = 1 if first == better else 2
+                rows.append(row | {"gold_1": score(gold, first, i), "gold_2": score(gold, second, i)})
+        print(f"{len(rows)} pairs of {(number + 1) * BATCH} prompts", flush=True)
     (DATA / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

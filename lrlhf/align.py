@@ -1,12 +1,11 @@
 """`lrlhf align`: SFT, reward model and PPO, each an ordinary `fit` in its own folder, then a comparison and a report.
 
-A stage that is done is skipped: its folder holds stage.json with a fingerprint of everything it was made from. A change
-of its config, its overrides or a stage before it runs it again.
+A stage that is done is skipped, one that was interrupted goes on: its folder holds stage.json with a fingerprint of
+everything it is made from. A change of its config, its overrides or a stage before it starts it afresh.
 """
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,19 +113,33 @@ def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
     contents = [Path(file).read_text() for file in plan.stages[stage] if Path(file).is_file()]
     fingerprint = hashlib.sha256(json.dumps([upstream, arguments, contents]).encode()).hexdigest()[:16]
     record = folder / "stage.json"
-    if record.is_file() and f'"{fingerprint}"' in record.read_text():
+    before = _read_record(record)
+    same = before.get("fingerprint") == fingerprint
+    if same and "seconds" in before:
         print(f"{stage}: done already in {folder}")
         return fingerprint
+    arguments += [] if same else ["--fresh"]
     print(f"{stage}: lrlhf {' '.join(arguments)}")
     start = time.perf_counter()
-    record.unlink(missing_ok=True)
+    _write_record(record, {"fingerprint": fingerprint})
     run_stage(arguments)
-    scratch = record.with_suffix(f".{os.getpid()}")
-    scratch.write_text(
-        json.dumps({"fingerprint": fingerprint, "seconds": round(time.perf_counter() - start, 1)}) + "\n"
-    )
-    scratch.rename(record)
+    _write_record(record, {"fingerprint": fingerprint, "seconds": round(time.perf_counter() - start, 1)})
     return fingerprint
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What stage.json says; a stage that was begun and not ended has no `seconds`."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".json.part")
+    scratch.write_text(json.dumps(record) + "\n")
+    scratch.replace(path)
 
 
 def _links(plan: Plan, stage: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: lrlhf fit | validate | test | predict | align | report."""
+"""The command line: lrlhf fit | validate | test | predict | align | report | verify-resume."""
 
 import ctypes
 import logging
@@ -14,6 +14,7 @@ USAGE = """usage: lrlhf COMMAND [options]
   test       the same on data.test
   predict    write responses in AlpacaEval format, or the scores of a reward model
   align      SFT, reward model and PPO, one after the other: lrlhf align --config configs/demo/align.yaml
+  verify-resume   prove on your config that a killed run ends like an uninterrupted one
   report     tables, plots and an HTML page of an align run: lrlhf report runs/demo
 
 lrlhf COMMAND --help tells the options; several --config files compose, later ones win."""
@@ -39,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from lrlhf.report import main as report
 
             report(rest)
+        elif command == "verify-resume":
+            from lrlhf.verify_resume import main as verify_resume
+
+            verify_resume(rest)
         elif command in ("fit", "validate", "test", "predict"):
             from lrlhf.lightning_cli import run_stage
 
@@ -55,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"{error}.")
     except KeyboardInterrupt:
         fail("interrupted.")
+    except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":
+            sys.exit(128 + 15)
+        raise
 
 
 def fail(sentence: str) -> None:
@@ -77,6 +86,7 @@ def quiet() -> None:
         ".*LeafSpec.*",
         ".*checkpoint directory.*exists.*",
         ".*logs directory.*exists.*",
+        ".*your dataloader is not resumable.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from lrlhf.callbacks.divergence import measure
+from lrlhf.checkpoints import load, newest_checkpoint
 from lrlhf.errors import UserError
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
 from lrlhf.settings import import_function
@@ -63,12 +64,12 @@ def load_run(folder: Path) -> tuple[Any, Any, Any]:
     from lrlhf.lightning_cli import parse_config
 
     path = folder / "config.yaml"
-    last = folder / "checkpoints" / "last.ckpt"
-    if not path.is_file() or not last.is_file():
-        raise UserError(f"{folder} holds no finished run (config.yaml and checkpoints/last.ckpt); run its stage first.")
+    newest = newest_checkpoint(folder)
+    if not path.is_file() or newest is None:
+        raise UserError(f"{folder} holds no run (config.yaml and checkpoints/); run its stage first.")
     config, module, data = parse_config(path)
     module.configure_model()
-    checkpoint = torch.load(last, weights_only=True, map_location="cpu")
+    checkpoint = load(newest)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     module.eval()

@@ -3,19 +3,20 @@
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
-from zipfile import is_zipfile
 
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lrlhf.callbacks import PredictionWriter
+from lrlhf.callbacks import Checkpoints, PredictionWriter
+from lrlhf.checkpoints import FOLDER, load, newest_checkpoint
 from lrlhf.errors import UserError
 from lrlhf.messages import one_sentence
+from lrlhf.metrics_file import MetricsFile
+from lrlhf.run_folder import clear, refuse_other_run
 from lrlhf.settings import read_yaml
 
 
@@ -35,12 +36,12 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder when a run starts, without the checkpoint that this launch came from."""
+    """Writes config.yaml into the run folder when a run starts, without what concerns this launch alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Only `fit` defines a run."""
         if stage == "fit":
-            self.config = Namespace({**vars(self.config), "ckpt_path": None})
+            self.config = Namespace({**vars(self.config), "ckpt_path": None, "fresh": False})
             super().setup(trainer, pl_module, stage)
 
 
@@ -55,6 +56,10 @@ def link(parser: LightningArgumentParser) -> None:
     """The module names its base and its view of the data, and the data follows."""
     parser.link_arguments("model.init_args.base_model", "data.init_args.tokenizer")
     parser.link_arguments("model", "data.init_args.task", compute_fn=task_of)
+
+
+class NothingLeft(Exception):
+    """The run in this folder is complete."""
 
 
 class AlignmentCLI(LightningCLI):
@@ -73,8 +78,9 @@ class AlignmentCLI(LightningCLI):
         return {self.command: commands[self.command]} if self.command in commands else commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Two links, no more."""
+        """Two links and one flag."""
         link(parser)
+        parser.add_argument("--fresh", action="store_true", help="fit: start over instead of going on in a run folder")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """From a list of arguments, also when the process has others of its own."""
@@ -82,8 +88,8 @@ class AlignmentCLI(LightningCLI):
             if option in ("--config", "-c") and Path(value).is_file():
                 read_yaml(Path(value), "keys such as trainer, model and data")
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
-        if path := self.config.get(f"{self.command}.ckpt_path"):
-            check_checkpoint(path)
+        if (path := self.config.get(f"{self.command}.ckpt_path")) and path not in ("best", "last", "hpc"):
+            load(Path(path))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The run folder, its logger, its checkpoints, and predictions that are written."""
@@ -95,12 +101,12 @@ class AlignmentCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         if self.subcommand == "fit":
             if config.get("logger") in (None, True):
-                kwargs["logger"] = CSVLogger(folder, name="", version="")
-            if config.get("enable_checkpointing") in (None, True) and not _has(callbacks, ModelCheckpoint):
-                callbacks = [*callbacks, ModelCheckpoint(save_last=True, enable_version_counter=False)]
+                kwargs["logger"] = MetricsFile(folder)
+            if config.get("enable_checkpointing") in (None, True) and not _has(callbacks, Checkpoint):
+                callbacks = [*callbacks, Checkpoints()]
         else:
             kwargs |= {"logger": False, "enable_checkpointing": False}
-            callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
+            callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
         if self.subcommand == "predict" and not _has(callbacks, PredictionWriter):
             callbacks = [*callbacks, PredictionWriter()]
         try:
@@ -108,31 +114,38 @@ class AlignmentCLI(LightningCLI):
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {one_sentence(str(error))}") from error
 
-    def _use_last_checkpoint(self) -> None:
+    def before_fit(self) -> None:
+        """Go on from the run folder's newest checkpoint unless told otherwise."""
+        config, run = self.config_init["fit"], Path(self.trainer.default_root_dir)
+        if config["fresh"]:
+            clear(run)
+        elif config.get("ckpt_path") is None and (newest := newest_checkpoint(run)):
+            as_long = refuse_other_run(self._values(), run)
+            if load(newest).get("complete") and as_long:
+                raise NothingLeft(f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh")
+            print(f"Going on from {newest}")
+            config["ckpt_path"] = str(newest)
+
+    def _values(self) -> dict[str, Any]:
+        """The resolved config as config.yaml would hold it."""
+        subcommand = str(self.subcommand)
+        return yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
+
+    def _use_newest_checkpoint(self) -> None:
         """Evaluate the run's own newest checkpoint unless --ckpt_path names another."""
-        config = self.config_init[str(self.subcommand)]
+        config, run = self.config_init[str(self.subcommand)], Path(self.trainer.default_root_dir)
         if config.get("ckpt_path") is not None:
             return
-        last = Path(self.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        if not last.is_file():
+        newest = newest_checkpoint(run)
+        if newest is None:
             raise UserError(
-                f"{self.subcommand}: no checkpoint at {last}; run fit with the same config first, or give --ckpt_path."
+                f"{self.subcommand}: no checkpoint in {run / FOLDER}; run fit with the same config first, or give "
+                "--ckpt_path."
             )
-        print(f"Using {last}")
-        check_checkpoint(str(last))
-        config["ckpt_path"] = str(last)
+        print(f"Using {newest}")
+        config["ckpt_path"] = str(newest)
 
-    before_validate = before_test = before_predict = _use_last_checkpoint
-
-
-def check_checkpoint(path: str) -> None:
-    """Refuse a checkpoint that is missing, or that is no file of torch.save."""
-    if path in ("best", "last", "hpc"):
-        return
-    if not Path(path).is_file():
-        raise UserError(f"ckpt_path={path}: there is no such file.")
-    if not is_zipfile(path):
-        raise UserError(f"ckpt_path={path} is no checkpoint, or damaged; give a file of a run's checkpoints/.")
+    before_validate = before_test = before_predict = _use_newest_checkpoint
 
 
 def _has(callbacks: list[Any], kind: type) -> bool:
@@ -151,7 +164,7 @@ def parse_config(path: Path) -> tuple[dict[str, Any], L.LightningModule, L.Light
 
 
 def run_stage(arguments: list[str]) -> Any:
-    """One LightningCLI command; returns the CLI, whose `trainer` and `model` have run.
+    """One LightningCLI command; returns the CLI, whose `trainer` and `model` have run, or None if nothing was left.
 
     Raises:
         UserError: a config, a setting or a row that cannot be used.
@@ -169,5 +182,8 @@ def run_stage(arguments: list[str]) -> Any:
             parser_class=Parser,
             args=arguments,
         )
+    except NothingLeft as done:
+        print(done)
+        return None
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error

@@ -1,5 +1,6 @@
 """DivergenceCallback: measure how far the policy is from the reference, and make it pay."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,9 @@ class AdaptiveCoefficient:
             raise UserError("coefficient: target, initial, rate and limit of AdaptiveCoefficient must be positive.")
 
     def next(self, coefficient: float, divergence: float) -> float:
-        """The coefficient after an iteration whose responses had this divergence on average."""
+        """The coefficient after an iteration whose responses had this divergence on average; NaN moves nothing."""
+        if not math.isfinite(divergence):
+            return coefficient
         error = min(max(divergence / self.target - 1, -self.limit), self.limit)
         return coefficient * (1 + self.rate * error)
 

@@ -1,6 +1,7 @@
-"""Rewards that are not the reward model's: a penalty for responses that do not end, and a limit."""
+"""Rewards that are not the reward model's: a penalty for responses that do not end, a limit, running moments."""
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -45,3 +46,42 @@ class RewardLimit(RolloutCallback):
     def shape_rewards(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> Tensor:
         """Applied where it stands in the list of callbacks."""
         return rewards.clamp(-self.limit, self.limit)
+
+
+class NormalizeScores(RolloutCallback):
+    """Replace each score by (score - mean) / deviation, of all scores that training has seen up to now.
+
+    Reward models differ in offset and scale; after this a coefficient means the same for each. Running moments by Chan
+    et al. (1979), equation 2.1; population deviation. Validation uses them and leaves them as they are.
+
+    Args:
+        center: also subtract the mean.
+    """
+
+    def __init__(self, center: bool = True):
+        self.center = center
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def shape_rewards(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> Tensor:
+        """Moves the score at the last token; what other callbacks added stays."""
+        scores = rollout.scores
+        if trainer.training and bool(scores.isfinite().all()):
+            self._add(scores.double())
+        deviation = math.sqrt(self.squares / self.count) if self.squares else 1.0
+        normalized = (scores - (self.mean if self.center else 0.0)) / deviation
+        return rewards + last_true(rollout.response_mask) * (normalized - scores)[:, None]
+
+    def _add(self, scores: Tensor) -> None:
+        count, mean = len(scores), float(scores.mean())
+        total = self.count + count
+        self.squares += float((scores - mean).square().sum()) + (mean - self.mean) ** 2 * self.count * count / total
+        self.mean += (mean - self.mean) * count / total
+        self.count = total
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the moments up again."""
+        self.count, self.mean, self.squares = state_dict["count"], state_dict["mean"], state_dict["squares"]

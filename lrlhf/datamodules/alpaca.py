@@ -107,6 +107,8 @@ class AlpacaDataModule(L.LightningDataModule):
         self.rows: dict[str, list[Tokenized]] = {}
         self.dropped: Counter[str] = Counter()
         self._ties: Counter[str] = Counter()
+        self._seed = 0
+        self._position: dict[str, int] | None = None
 
     # Lightning's hooks
 
@@ -159,19 +161,37 @@ class AlpacaDataModule(L.LightningDataModule):
         rows: Any = self.rows["predict"]
         return DataLoader(rows, batch_size=self.val_batch_size, collate_fn=COLLATE[task])
 
+    def state_dict(self) -> dict[str, int]:
+        """Where training stands: the order's seed, the epoch, and how many of its batches are done."""
+        assert self.trainer is not None
+        epochs, batches = self.trainer.fit_loop.epoch_progress.total, self.trainer.fit_loop.epoch_loop.batch_progress
+        under_way = epochs.completed < epochs.started
+        start = batches.current.completed if under_way else 0
+        return {"seed": self._seed, "epoch": epochs.processed, "start": start}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin the next loader there."""
+        self._position = state_dict
+
     # Rows
 
     def _loader(
         self, view: str, batch_size: int, grouped: bool = False, shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader:
         rows: Any = self.rows[view]
+        position = {"seed": torch.initial_seed(), "epoch": 0, "start": 0}
+        if view == "train":
+            position, self._position = self._position or position, None
+            self._seed = position["seed"]
         sampler = BatchSampler(
             [row.length for row in rows],
             batch_size,
-            seed=torch.initial_seed(),
+            seed=position["seed"],
             shuffle=shuffle,
             group_by_length=grouped,
             drop_last=drop_last,
+            epoch=position["epoch"],
+            start=position["start"],
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=self.trainer.world_size if self.trainer else 1,
         )

@@ -21,6 +21,8 @@ class BatchSampler(Sampler[list[int]]):
         shuffle: False keeps the order of the rows.
         group_by_length: put rows of similar length together, which saves padding and compute.
         drop_last: leave out the rows that do not fill a batch.
+        epoch: the epoch to begin with.
+        start: batches of that epoch to leave out, because a run goes on from there.
         rank: of this process.
         world_size: number of processes; must divide batch_size.
     """
@@ -34,6 +36,8 @@ class BatchSampler(Sampler[list[int]]):
         shuffle: bool,
         group_by_length: bool = False,
         drop_last: bool = False,
+        epoch: int = 0,
+        start: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -41,7 +45,7 @@ class BatchSampler(Sampler[list[int]]):
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.group_by_length, self.drop_last = group_by_length, drop_last
         self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.epoch, self.start = epoch, start
 
     @property
     def sampler(self) -> "BatchSampler":
@@ -57,7 +61,8 @@ class BatchSampler(Sampler[list[int]]):
         return whole if self.drop_last else whole + bool(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._batches():
+        start, self.start = self.start, 0
+        for batch in self._batches()[start:]:
             yield batch[self.rank :: self.world_size].tolist()
 
     def _batches(self) -> list[torch.Tensor]:

@@ -1,14 +1,15 @@
 """What the three stages share: build the roles, optimise, save only what trains, hand over."""
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
@@ -53,6 +54,7 @@ class AlignmentModule(L.LightningModule):
         optimizer: the paper's AdamW by default.
         schedule: the paper's linear decay by default.
         max_grad_norm: gradients of larger global norm are scaled down to it; 1.0 in the paper.
+        on_nonfinite: at a loss, gradient or reward that is NaN or infinite, stop the run, or skip the step and count it.
     """
 
     task: ClassVar[Literal["sft", "preference", "prompts"]]
@@ -72,6 +74,7 @@ class AlignmentModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, eps=1e-5, weight_decay=0.0),
         schedule: Schedule = Schedule(),
         max_grad_norm: float = 1.0,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -79,7 +82,7 @@ class AlignmentModule(L.LightningModule):
         self.base_model, self.sft, self.lora, self.dtype_name = base_model, sft, lora, dtype
         self.gradient_checkpointing, self.micro_batch_size = gradient_checkpointing, micro_batch_size
         self.sampling, self.optimizer, self.schedule = sampling, optimizer, schedule
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
         if micro_batch_size < 1:
             raise UserError(f"model.micro_batch_size={micro_batch_size} must be at least 1.")
         if lora is None and dtype != "float32":
@@ -89,6 +92,7 @@ class AlignmentModule(L.LightningModule):
         self.seed = 0
         self.parents = {folder: Handover.read(folder) for folder in self.handover_folders()}
         self.iteration = 0
+        self.skipped = 0
 
     # Build
 
@@ -193,20 +197,36 @@ class AlignmentModule(L.LightningModule):
             total += float(loss.detach())
         norm = float(torch.nn.utils.clip_grad_norm_(self.backbone.trainable(), self.max_grad_norm))
         for name, number in (("loss", total), ("gradient norm", norm)):
-            if not torch.isfinite(torch.tensor(number)):
-                raise UserError(
-                    f"the {name} is {number} in iteration {self.iteration}: training stopped before the weights "
-                    "changed; lower the learning rate, or look at the rewards and the data of this batch."
-                )
-        optimizer.step()  # type: ignore[union-attr]
+            if not math.isfinite(number):
+                self.refuse_nonfinite(f"the {name} is {number}", "lower the learning rate, or look at the data")
+                break
+        else:
+            optimizer.step()  # type: ignore[union-attr]
         return {"loss": total, "grad_norm": norm}
+
+    def refuse_nonfinite(self, what: str, remedy: str) -> None:
+        """Stop, or count a step that the caller then skips; the weights have not changed.
+
+        Raises:
+            UserError: unless `on_nonfinite` is skip.
+        """
+        if self.on_nonfinite == "stop":
+            raise UserError(
+                f"{what} in iteration {self.iteration}: training stopped before the weights changed; {remedy}, or set "
+                "model.on_nonfinite: skip."
+            )
+        self.skipped += 1
+        rank_zero_warn(f"{what} in iteration {self.iteration}: step skipped, {self.skipped} so far", stacklevel=2)
 
     def end_iteration(self, metrics: dict[str, float]) -> None:
         """Move the schedule and the count on, and log."""
         schedule = self.lr_schedulers()
         learning_rate = schedule.get_last_lr()[0]  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr]
-        self.log_dict({f"train/{k}": v for k, v in metrics.items()} | {"train/learning_rate": learning_rate})
+        metrics = metrics | {"learning_rate": learning_rate}
+        if self.on_nonfinite == "skip":
+            metrics["skipped"] = self.skipped
+        self.log_dict({f"train/{k}": v for k, v in metrics.items()})
         self.iteration += 1
 
     # Sample
@@ -260,29 +280,46 @@ class AlignmentModule(L.LightningModule):
         ids = {id(p) for p in self.backbone.trainable()}
         return {name for name, p in self.named_parameters() if id(p) in ids}
 
+    def identity(self) -> dict[str, Any]:
+        """What is not in a checkpoint and must be the same where it is loaded."""
+        return {
+            "class": type(self).__qualname__,
+            "base model": self.backbone.fingerprint,
+            "tokenizer": fingerprint_tokenizer(self.tokenizer),
+            "lora": asdict(self.lora) if self.lora else None,
+            "adapters below": {k: v for parent in self.parents.values() for k, v in parent.adapters.items()},
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains; the frozen base is named by its fingerprint."""
+        """Keep what trains, the counts and the seed, and the identity of the rest."""
         names = self.trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
-        checkpoint["lrlhf"] = {"iteration": self.iteration, "base": self.backbone.fingerprint}
+        counts = {"iteration": self.iteration, "skipped": self.skipped, "seed": self.seed}
+        checkpoint["lrlhf"] = counts | self.identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base or with other tensors."""
-        ours = checkpoint.get("lrlhf")
-        if ours is None:
+        """Refuse a checkpoint of something else, naming what differs."""
+        there = checkpoint.get("lrlhf")
+        if there is None:
             raise UserError("this checkpoint was not written by lrlhf.")
-        if ours["base"] != self.backbone.fingerprint:
-            raise UserError(f"this checkpoint was trained on another base than {self.base_model}.")
+        for what, here in self.identity().items():
+            if there.get(what) != here:
+                raise UserError(
+                    f"this checkpoint has another {what} ({_differing(there.get(what), here)}); go on with the "
+                    "settings that the run started with."
+                )
         names = self.trainable_names()
-        here = {name: p.shape for name, p in self.named_parameters() if name in names}
-        there = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
-        differing = sorted(name for name in here | there if here.get(name) != there.get(name))
+        ours = {name: p.shape for name, p in self.named_parameters() if name in names}
+        theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+        differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
         if differing:
             raise UserError(
-                f"this checkpoint does not hold the {len(here)} tensors that train here: {len(differing)} differ in "
+                f"this checkpoint does not hold the {len(ours)} tensors that train here: {len(differing)} differ in "
                 f"name or shape, e.g. {differing[0]}; go on with the settings that the run started with."
             )
-        self.iteration = ours["iteration"]
+        self.iteration, self.skipped = there["iteration"], there["skipped"]
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.seed = there["seed"]
 
     def on_train_end(self) -> None:
         """Write the hand-over folder: what the next stage starts from."""
@@ -290,3 +327,11 @@ class AlignmentModule(L.LightningModule):
             folder = Path(self.trainer.default_root_dir) / "handover"
             Handover.write(self, folder)
             rank_zero_info(f"Handed over the {self.role} role in {folder}")
+
+
+def _differing(there: Any, here: Any) -> str:
+    """The entries that differ, or the values."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [key for key in there | here if there.get(key) != here.get(key)]
+        return ", ".join(f"{key}: {there.get(key)}, here {here.get(key)}" for key in keys)
+    return f"{there}, here {here}"

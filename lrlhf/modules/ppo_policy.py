@@ -191,11 +191,8 @@ class PPOPolicy(AlignmentModule):
         callbacks = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         for callback in callbacks:
             rewards = callback.shape_rewards(self.trainer, self, rollout, rewards)
-        if not rewards[rollout.response_mask].isfinite().all():
-            raise UserError(
-                f"a reward is not finite in iteration {self.iteration}: training stopped before the weights changed; "
-                "look at the reward model, the reward function or the penalty."
-            )
+        if self.on_nonfinite == "stop" and not rewards[rollout.response_mask].isfinite().all():
+            self.refuse_nonfinite("a reward is not finite", "look at the reward model, the reward function or penalty")
         for callback in callbacks:
             callback.on_rollout_end(self.trainer, self, rollout, rewards)
         return rewards

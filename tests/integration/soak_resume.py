@@ -1,0 +1,228 @@
+"""Kill runs with kill -9 at random moments, start them again until they end, and compare with uninterrupted runs.
+
+    python -m tests.integration.soak_resume --kills 100
+
+Tiny models on CPU; each launch is a fork of this process, so that a kill costs a fraction of a second.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+import yaml
+
+from lrlhf import RolloutCallback
+from lrlhf.checkpoints import all_checkpoints
+from lrlhf.verify_resume import differences
+from tests.conftest import save_tiny_llama, write_jsonl
+
+ROWS = [f"{a} {b}" for a in ("sun", "rain", "tea", "cat", "road") for b in ("one", "two", "six", "ten", "all")]
+
+
+class Draws(L.Callback):
+    """A user's callback with a generator of each kind: it counts, draws, and writes what it drew into the metrics."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.count += 1
+        draws = random.random() + float(np.random.rand()) + float(torch.rand(()))
+        pl_module.log("draws", draws + self.count)
+
+    def state_dict(self) -> dict:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.count = state_dict["count"]
+
+
+class NoisyReward(RolloutCallback):
+    """A user's reward with a generator of its own, which it saves."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+
+    def shape_rewards(self, trainer, policy, rollout, rewards):
+        return rewards + 0.1 * torch.rand(rewards.shape, generator=self.generator) * rollout.response_mask
+
+    def state_dict(self) -> dict:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.generator.set_state(state_dict["generator"])
+
+
+def count_vowels(prompts: list[str], responses: list[str]) -> torch.Tensor:
+    """A reward that the tiny model can learn."""
+    return torch.tensor([sum(c in "aeiou" for c in text) / (1 + len(text)) for text in responses])
+
+
+def write_configs(folder: Path) -> dict[str, Path]:
+    """Configs of the three stages that use every kind of state: two epochs, validation inside and at the end of an
+    epoch, dropout, an adaptive coefficient, running moments, and callbacks that draw."""
+    base = str(save_tiny_llama(folder / "base"))
+    sft = [{"instruction": row, "output": row[:3]} for row in ROWS]
+    pairs = [{"instruction": row, "output_1": "yes " + row[:2], "output_2": "no", "preference": 1} for row in ROWS]
+    files = {"SFT": write_jsonl(folder / "sft.jsonl", sft), "RewardModel": write_jsonl(folder / "pairs.jsonl", pairs)}
+    files["PPOPolicy"] = write_jsonl(folder / "prompts.jsonl", [{"instruction": row} for row in ROWS])
+    draws = {"class_path": "tests.integration.soak_resume.Draws"}
+    checkpoints = {"class_path": "lrlhf.Checkpoints"}
+    rollout = [
+        {"class_path": "lrlhf.NormalizeScores"},
+        {
+            "class_path": "lrlhf.DivergenceCallback",
+            "init_args": {
+                "coefficient": {
+                    "class_path": "lrlhf.AdaptiveCoefficient",
+                    "init_args": {"target": 0.01, "initial": 0.1, "rate": 0.5},
+                }
+            },
+        },
+        {"class_path": "lrlhf.SampleLog"},
+        {"class_path": "tests.integration.soak_resume.NoisyReward"},
+    ]
+    paths = {}
+    for kind, data in files.items():
+        ppo = kind == "PPOPolicy"
+        model = {
+            "base_model": base,
+            "lora": {"r": 2, "dropout": 0.0 if ppo else 0.2},
+            "sampling": {"max_new_tokens": 5},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        }
+        if ppo:
+            model |= {"minibatch_size": 4, "reward_function": "tests.integration.soak_resume.count_vowels"}
+        monitor = {"SFT": ("val/loss", "min"), "RewardModel": ("val/accuracy", "max"), "PPOPolicy": ("val/score", "max")}
+        checkpoints = {
+            "class_path": "lrlhf.Checkpoints",
+            "init_args": dict(zip(("monitor", "mode"), monitor[kind], strict=True)),
+        }
+        values = {
+            "seed_everything": 3,
+            "trainer": {
+                "accelerator": "cpu", "max_epochs": 2, "limit_train_batches": 3, "val_check_interval": 2,
+                "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 1,
+                "log_every_n_steps": 1, "callbacks": [*(rollout if ppo else []), draws, checkpoints],
+            },
+            "model": {"class_path": f"lrlhf.{kind}", "init_args": model},
+            "data": {
+                "class_path": "lrlhf.AlpacaDataModule",
+                "init_args": {"train": data, "val": data, "val_limit": 4, "batch_size": 8},
+            },
+        }  # fmt: skip
+        paths[kind] = folder / f"{kind}.yaml"
+        paths[kind].write_text(yaml.safe_dump(values))
+    return paths
+
+
+def launch(config: Path, run: Path, *, kill_after: float | None = None) -> int:
+    """Fit in a fork; kill it after so many seconds of training. Returns the fork's wait status."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        _child(config, run)
+    start = time.monotonic()
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        if kill_after is not None and time.monotonic() - start >= kill_after:
+            os.kill(child, signal.SIGKILL)
+            return os.waitpid(child, 0)[1]
+        time.sleep(0.002)
+
+
+def _child(config: Path, run: Path) -> None:
+    status = 1
+    log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        from lrlhf.cli import main
+
+        main(["fit", "--config", str(config), "--trainer.default_root_dir", str(run)])
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def soak(config: Path, folder: Path, kills: int, seed: int) -> dict[str, int]:
+    """Kill runs of one config so often; every run that is killed must end as the uninterrupted one.
+
+    Returns:
+        kills, runs, and how many kills met a run in its first iteration, between, and while a file was being written.
+
+    Raises:
+        AssertionError: a resumed run fails or differs.
+    """
+    moments = random.Random(seed)
+    whole = folder / f"{config.stem}-whole"
+    start = time.monotonic()
+    assert launch(config, whole) == 0, whole.with_suffix(".log").read_text()[-2000:]
+    seconds = time.monotonic() - start
+    counts = {"kills": 0, "runs": 0, "before the first checkpoint": 0, "while writing": 0, "resumed": 0}
+    while counts["kills"] < kills:
+        run = folder / f"{config.stem}-killed-{counts['runs']}"
+        shutil.rmtree(run, ignore_errors=True)
+        counts["runs"] += 1
+        while True:
+            wanted = counts["kills"] < kills
+            status = launch(config, run, kill_after=moments.uniform(0, seconds) if wanted else None)
+            if status == 0:
+                break
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (
+                run.with_suffix(".log").read_text()[-2000:]
+            )
+            counts["kills"] += 1
+            counts["before the first checkpoint"] += not all_checkpoints(run)
+            counts["resumed"] += bool(all_checkpoints(run))
+            counts["while writing"] += bool(list(run.rglob("*.part")))
+        differing, compared = differences(whole, run)
+        assert compared > 50 and not differing, f"{run}: {len(differing)} of {compared} differ: {differing[:5]}"
+        best = [(r / "checkpoints" / "best.ckpt").read_bytes() for r in (whole, run)]
+        assert best[0] == best[1], f"{run}: best.ckpt differs"
+    return counts
+
+
+def main() -> None:
+    """Soak the three stages and print what was survived."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    from lrlhf.cli import quiet
+
+    quiet()
+    warm_up()
+    with tempfile.TemporaryDirectory() as temporary:
+        configs = write_configs(Path(temporary))
+        share = -(-options.kills // len(configs))
+        for kind, config in configs.items():
+            start = time.monotonic()
+            counts = soak(config, Path(temporary), share, options.seed)
+            print(json.dumps({"stage": kind, "seed": options.seed, **counts, "s": round(time.monotonic() - start)}))
+
+
+def warm_up() -> None:
+    """Import what a fit imports, so that a fork need not."""
+    import lrlhf.lightning_cli
+    import lrlhf.modules  # noqa: F401
+
+
+if __name__ == "__main__":
+    main()
