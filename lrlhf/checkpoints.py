@@ -34,10 +34,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
             scratch.replace(path)
             _flush_folder(path.parent)
         except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
             _remove(scratch)
             raise UserError(
-                f"{path} could not be written ({reason}); the checkpoints before it are whole: make room and start "
+                f"{path} could not be written ({_reason(error)}); the checkpoints before it are whole: make room and start "
                 "the same command again."
             ) from error
 
@@ -109,6 +108,13 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, which torch wraps in a message about positions."""
+    while error.__context__ is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _remove(path: Path) -> None:

@@ -36,13 +36,17 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder when a run starts, without what concerns this launch alone."""
+    """Writes config.yaml into the run folder when a run starts, whole or not, without what concerns this launch alone."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Only `fit` defines a run."""
         if stage == "fit":
             self.config = Namespace({**vars(self.config), "ckpt_path": None, "fresh": False})
+            name, self.config_filename = self.config_filename, "config.yaml.part"
             super().setup(trainer, pl_module, stage)
+            if trainer.is_global_zero:
+                folder = Path(trainer.log_dir or trainer.default_root_dir)
+                (folder / self.config_filename).replace(folder / name)
 
 
 def task_of(model: Namespace) -> str:

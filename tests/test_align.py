@@ -1,6 +1,7 @@
 """From a base model to an aligned adapter, by one command."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lrlhf.checkpoints import checkpoint_path, load, newest_checkpoint
 from lrlhf.cli import main
+from lrlhf.verify_resume import differences
 
 TRAINER = {
     "accelerator": "cpu",
@@ -58,7 +61,7 @@ def aligned(tmp_path_factory, tiny_llama, data_files):
 def test_each_stage_leaves_an_ordinary_run_folder(aligned):
     run, _ = aligned
     for stage in ("sft", "reward", "ppo"):
-        for name in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt", "handover/manifest.json", "stage.json"):
+        for name in ("config.yaml", "metrics.csv", "checkpoints/iteration=000002.ckpt", "handover/manifest.json", "stage.json"):
             assert (run / stage / name).is_file(), f"{stage}/{name}"
 
 
@@ -112,22 +115,39 @@ def test_a_run_s_own_config_validates_and_tests_its_last_checkpoint(aligned, cap
     before = (run / stage / "metrics.csv").read_text()
     main([command, "--config", str(run / stage / "config.yaml")])
     out = capsys.readouterr().out
-    assert "last.ckpt" in out
+    assert "iteration=000002.ckpt" in out
     metric = {"sft": "perplexity", "reward": "accuracy", "ppo": "divergence/kl"}[stage]
     assert metric in out
     assert (run / stage / "metrics.csv").read_text() == before
 
 
-def test_a_relaunch_of_the_saved_config_needs_no_flag(aligned):
+def test_a_relaunch_of_the_saved_config_needs_no_flag(aligned, capsys):
     run, _ = aligned
     main(["fit", "--config", str(run / "sft/config.yaml")])
-    assert (run / "sft/handover/manifest.json").is_file()
+    assert "complete already" in capsys.readouterr().out
 
 
-def test_a_second_run_in_one_folder_is_evaluated_with_its_own_weights(aligned, capsys):
+def test_a_second_run_in_one_folder_is_evaluated_with_its_own_weights(aligned):
     run, _ = aligned
-    first = torch.load(run / "sft/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    main(["fit", "--config", str(run / "sft/config.yaml"), "--model.init_args.optimizer.init_args.lr", "0.1"])
-    second = torch.load(run / "sft/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    first = load(newest_checkpoint(run / "sft"))["state_dict"]
+    config = str(run / "sft/config.yaml")
+    main(["fit", "--config", config, "--model.init_args.optimizer.init_args.lr", "0.1", "--fresh"])
+    second = load(newest_checkpoint(run / "sft"))["state_dict"]
     assert any(not torch.equal(first[name], second[name]) for name in first)
-    assert [p.name for p in (run / "sft/checkpoints").glob("last*")] == ["last.ckpt"]
+
+
+def test_a_stage_that_was_interrupted_goes_on_and_one_that_was_changed_starts_afresh(tmp_path, aligned, capsys):
+    _, arguments = aligned
+    again = tmp_path / "again"
+    main([*arguments, "--run", str(again)])
+    shutil.copytree(again / "ppo", tmp_path / "whole")
+    record = again / "ppo/stage.json"
+    record.write_text(json.dumps({"fingerprint": json.loads(record.read_text())["fingerprint"]}))
+    checkpoint_path(again / "ppo", 2).unlink()
+    capsys.readouterr()
+    main([*arguments, "--run", str(again)])
+    out = capsys.readouterr().out
+    assert f"Going on from {checkpoint_path(again / 'ppo', 1)}" in out
+    assert differences(tmp_path / "whole", again / "ppo")[0] == []
+    main([*arguments, "--run", str(again), "--ppo.model.init_args.discount", "0.9"])
+    assert "Going on from" not in capsys.readouterr().out

@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from lrlhf.checkpoints import load, newest_checkpoint
 from lrlhf.cli import main
 from tests.conftest import save_tiny_llama
 
@@ -115,7 +116,7 @@ class Lab:
 
     def checkpoint(self, change: Callable[[dict], object]) -> str:
         """A copy of the SFT run's checkpoint, changed."""
-        checkpoint = torch.load(self.stages / "sft" / "checkpoints" / "last.ckpt", weights_only=True)
+        checkpoint = load(newest_checkpoint(self.stages / "sft"))
         change(checkpoint)
         path = self.folder / "changed.ckpt"
         torch.save(checkpoint, path)
@@ -551,15 +552,36 @@ FOLDERS: dict[str, tuple[Case, list[str]]] = {
     ),
     "checkpoint that is none": (
         lambda lab: lab.fit("sft", "--ckpt_path", lab.files["sft"]),
-        ["ckpt_path=", "is no checkpoint, or damaged"],
+        ["sft.jsonl is no checkpoint, or damaged"],
     ),
     "checkpoint of another program": (
         lambda lab: lab.fit("sft", "--ckpt_path", lab.checkpoint(lambda c: c.pop("lrlhf"))),
         ["this checkpoint was not written by lrlhf"],
     ),
     "checkpoint of another base": (
-        lambda lab: lab.fit("sft", "--ckpt_path", lab.checkpoint(lambda c: c["lrlhf"].update(base="0" * 16))),
-        ["this checkpoint was trained on another base than"],
+        lambda lab: lab.fit("sft", "--ckpt_path", lab.checkpoint(lambda c: c["lrlhf"].update({"base model": "0" * 16}))),
+        ["this checkpoint has another base model (0000000000000000, here"],
+    ),
+    "checkpoint of another tokenizer": (
+        lambda lab: lab.fit("sft", "--ckpt_path", lab.checkpoint(lambda c: c["lrlhf"].update(tokenizer="0" * 16))),
+        ["this checkpoint has another tokenizer (0000000000000000, here"],
+    ),
+    "checkpoint of another class": (
+        lambda lab: lab.fit("reward", "--ckpt_path", lab.checkpoint(lambda c: None)),
+        ["this checkpoint has another class (SFT, here RewardModel)"],
+    ),
+    "checkpoint on another SFT adapter": (
+        lambda lab: lab.fit(
+            "reward",
+            "--ckpt_path",
+            str(newest_checkpoint(lab.stages / "reward")),
+            sft=str(lab.stages / "sft2" / "handover"),
+        ),
+        ["this checkpoint has another adapter below (sft: "],
+    ),
+    "checkpoint with a class in it": (
+        lambda lab: lab.fit("sft", "--ckpt_path", lab.checkpoint(lambda c: c.update(extra=Path("x")))),
+        ["changed.ckpt holds more than tensors and plain values"],
     ),
     "checkpoint with other tensors": (
         lambda lab: lab.fit("sft", "--ckpt_path", lab.checkpoint(lambda c: c["state_dict"].popitem())),
@@ -567,11 +589,11 @@ FOLDERS: dict[str, tuple[Case, list[str]]] = {
     ),
     "checkpoint of another rank": (
         lambda lab: lab.fit("sft", "--ckpt_path", lab.checkpoint(lambda c: None), **{"lora.r": "4"}),
-        ["does not hold the 8 tensors that train here", "8 differ in name or shape", "go on with the settings"],
+        ["this checkpoint has another lora (r: 2, here 4)", "go on with the settings"],
     ),
     "predict with no checkpoint": (
         lambda lab: lab.fit("sft", command="predict"),
-        ["predict: no checkpoint at", "run fit with the same config first, or give --ckpt_path"],
+        ["predict: no checkpoint in", "run fit with the same config first, or give --ckpt_path"],
     ),
     "predict from no such checkpoint": (
         lambda lab: lab.fit("sft", "--ckpt_path", "nowhere.ckpt", command="predict"),

@@ -134,7 +134,7 @@ def settle_loops(loops: dict[str, Any]) -> bool:
     """Write into Lightning's loop positions that the last iteration is wholly done and the next not begun.
 
     Lightning saves in the middle of its bookkeeping and decides on restart how much of it was left; here nothing is
-    left. Its epoch loop counts one stepped batch too many on every restart of this kind, so one is taken off.
+    left. Its epoch loop counts one stepped batch too many when it restarts within an epoch, so one is taken off.
 
     Args:
         loops: the `fit_loop` entry of a checkpoint; changed in place.
@@ -149,7 +149,7 @@ def settle_loops(loops: dict[str, Any]) -> bool:
     for counts in (batches["total"], batches["current"]):
         counts |= dict.fromkeys(counts, counts["completed"])
     batches["is_last_batch"] = False
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= not complete
     validation = loops["epoch_loop.val_loop.batch_progress"]
     for counts in (validation["total"], validation["current"]):
         counts |= dict.fromkeys(counts, 0)

@@ -287,7 +287,7 @@ class AlignmentModule(L.LightningModule):
             "base model": self.backbone.fingerprint,
             "tokenizer": fingerprint_tokenizer(self.tokenizer),
             "lora": asdict(self.lora) if self.lora else None,
-            "adapters below": {k: v for parent in self.parents.values() for k, v in parent.adapters.items()},
+            "adapter below": {k: v for parent in self.parents.values() for k, v in parent.adapters.items()},
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from lrlhf import RolloutCallback
-from lrlhf.checkpoints import all_checkpoints
+from lrlhf.checkpoints import all_checkpoints, checkpoint_path
 from lrlhf.verify_resume import differences
 from tests.conftest import save_tiny_llama, write_jsonl
 
@@ -143,11 +143,29 @@ def launch(config: Path, run: Path, *, kill_after: float | None = None) -> int:
         time.sleep(0.002)
 
 
+def launch_and_kill_at(config: Path, run: Path, iteration: int, number: int = signal.SIGKILL) -> int:
+    """Fit in a fork and send it a signal as soon as an iteration is saved. Returns the fork's wait status."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        _child(config, run)
+    sent = False
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        if not sent and checkpoint_path(run, iteration).is_file():
+            os.kill(child, number)
+            sent = True
+        time.sleep(0.0005)
+
+
 def _child(config: Path, run: Path) -> None:
     status = 1
     log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
     try:
         from lrlhf.cli import main
 
