@@ -38,7 +38,9 @@ def main(folder: str) -> None:
     handover = Handover.read(folder)
     backbone = Backbone(handover.base_model, dtype="bfloat16")
     backbone.load_role("sft", handover.stack, handover.folder, head=False)
-    data = AlpacaDataModule(predict=str(DATA / "prompts.jsonl"), template=TEMPLATE, task="prompts", val_batch_size=BATCH)
+    data = AlpacaDataModule(
+        predict=str(DATA / "prompts.jsonl"), template=TEMPLATE, task="prompts", val_batch_size=BATCH
+    )
     data.setup("predict")
     prompts = [json.loads(line) for line in (DATA / "prompts.jsonl").open()]
     stop = torch.tensor([data.tokenizer.eos_token_id])

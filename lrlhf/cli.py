@@ -86,6 +86,7 @@ def quiet() -> None:
         ".*LeafSpec.*",
         ".*checkpoint directory.*exists.*",
         ".*logs directory.*exists.*",
+        ".*callbacks used to create the checkpoint.*Checkpoints.*",
         ".*your dataloader is not resumable.*",
     ):
         warnings.filterwarnings("ignore", message=message)

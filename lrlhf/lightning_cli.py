@@ -38,15 +38,16 @@ class Parser(LightningArgumentParser):
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml into the run folder when a run starts, whole or not, without what concerns this launch alone."""
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Only `fit` defines a run."""
-        if stage == "fit":
-            self.config = Namespace({**vars(self.config), "ckpt_path": None, "fresh": False})
-            name, self.config_filename = self.config_filename, "config.yaml.part"
-            super().setup(trainer, pl_module, stage)
-            if trainer.is_global_zero:
-                folder = Path(trainer.log_dir or trainer.default_root_dir)
-                (folder / self.config_filename).replace(folder / name)
+        if stage != "fit":
+            return
+        config = Namespace({**vars(self.config), "ckpt_path": None, "fresh": False})
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        scratch = path.with_suffix(".yaml.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(config, scratch, skip_none=False, overwrite=True, multifile=False)
+        scratch.replace(path)
 
 
 def task_of(model: Namespace) -> str:
@@ -126,7 +127,9 @@ class AlignmentCLI(LightningCLI):
         elif config.get("ckpt_path") is None and (newest := newest_checkpoint(run)):
             as_long = refuse_other_run(self._values(), run)
             if load(newest).get("complete") and as_long:
-                raise NothingLeft(f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh")
+                raise NothingLeft(
+                    f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh"
+                )
             print(f"Going on from {newest}")
             config["ckpt_path"] = str(newest)
 
@@ -181,7 +184,7 @@ def run_stage(arguments: list[str]) -> Any:
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"max_epochs": 1, "use_distributed_sampler": False},
             parser_class=Parser,
             args=arguments,

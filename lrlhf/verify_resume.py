@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lrlhf.checkpoints import checkpoint_path, load, newest_checkpoint
+from lrlhf.checkpoints import FOLDER, checkpoint_path, load, newest_checkpoint
 from lrlhf.errors import UserError
 
 USAGE = """usage: lrlhf verify-resume --config FILE [--kill-at random|iteration:K] [--iterations N] [--folder DIR] [fit options]
@@ -119,6 +119,8 @@ def differences(one: Path, other: Path) -> tuple[list[str], int]:
         if newest is None:
             raise UserError(f"{run} holds no checkpoint.")
         tree: dict[str, Any] = {"file": newest.name, "checkpoint": load(newest)}
+        if (best := run / FOLDER / "best.ckpt").is_file():
+            tree["best"] = load(best)
         for name in ("metrics.csv", "samples.jsonl", "handover/manifest.json"):
             tree[name] = (run / name).read_text() if (run / name).is_file() else None
         trees.append(tree)
@@ -132,8 +134,10 @@ def _compare(name: str, one: Any, other: Any) -> tuple[list[str], int]:
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         pairs = [(f"{name}.{i}", a, b) for i, (a, b) in enumerate(zip(one, other, strict=True))]
     elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        same = one.dtype == other.dtype and one.shape == other.shape and one.numpy(force=True).tobytes() == (
-            other.numpy(force=True).tobytes()
+        same = (
+            one.dtype == other.dtype
+            and one.shape == other.shape
+            and one.numpy(force=True).tobytes() == (other.numpy(force=True).tobytes())
         )
         return ([] if same else [name]), 1
     else:

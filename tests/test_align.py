@@ -61,7 +61,13 @@ def aligned(tmp_path_factory, tiny_llama, data_files):
 def test_each_stage_leaves_an_ordinary_run_folder(aligned):
     run, _ = aligned
     for stage in ("sft", "reward", "ppo"):
-        for name in ("config.yaml", "metrics.csv", "checkpoints/iteration=000002.ckpt", "handover/manifest.json", "stage.json"):
+        for name in (
+            "config.yaml",
+            "metrics.csv",
+            "checkpoints/iteration=000002.ckpt",
+            "handover/manifest.json",
+            "stage.json",
+        ):
             assert (run / stage / name).is_file(), f"{stage}/{name}"
 
 

@@ -559,7 +559,9 @@ FOLDERS: dict[str, tuple[Case, list[str]]] = {
         ["this checkpoint was not written by lrlhf"],
     ),
     "checkpoint of another base": (
-        lambda lab: lab.fit("sft", "--ckpt_path", lab.checkpoint(lambda c: c["lrlhf"].update({"base model": "0" * 16}))),
+        lambda lab: lab.fit(
+            "sft", "--ckpt_path", lab.checkpoint(lambda c: c["lrlhf"].update({"base model": "0" * 16}))
+        ),
         ["this checkpoint has another base model (0000000000000000, here"],
     ),
     "checkpoint of another tokenizer": (

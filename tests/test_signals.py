@@ -36,7 +36,15 @@ def test_the_handlers_are_put_back(handled):
     assert {name: signal.getsignal(name) for name in before} == before
 
 
-def test_a_second_interrupt_leaves_at_once():
+@pytest.fixture
+def interruptible():
+    """As in a terminal; a shell's background job ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_leaves_at_once(interruptible):
     signals = DeferredSignals()
     signals.take()
     try:

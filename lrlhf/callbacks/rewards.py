@@ -69,7 +69,7 @@ class NormalizeScores(RolloutCallback):
             self._add(scores.double())
         deviation = math.sqrt(self.squares / self.count) if self.squares else 1.0
         normalized = (scores - (self.mean if self.center else 0.0)) / deviation
-        return rewards + last_true(rollout.response_mask) * (normalized - scores)[:, None]
+        return torch.where(last_true(rollout.response_mask), rewards + (normalized - scores)[:, None], rewards)
 
     def _add(self, scores: Tensor) -> None:
         count, mean = len(scores), float(scores.mean())

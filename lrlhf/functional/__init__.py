@@ -22,11 +22,12 @@ from lrlhf.functional.divergence import (
 from lrlhf.functional.logprobs import log_softmax, token_statistics, vocabulary_divergence
 from lrlhf.functional.losses import policy_loss, preference_loss, value_loss
 from lrlhf.functional.masked import masked_mean, masked_sum, masked_variance, whiten
-from lrlhf.functional.sequences import last_true, position_ids, response_mask
+from lrlhf.functional.sequences import append_end, last_true, position_ids, response_mask
 
 __all__ = [
     "absolute",
     "alpha_divergence",
+    "append_end",
     "bregman",
     "clamped_kl",
     "exact_alpha_divergence",

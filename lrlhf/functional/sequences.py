@@ -26,3 +26,20 @@ def response_mask(tokens: Tensor, stop_ids: Tensor) -> Tensor:
 def last_true(mask: Tensor) -> Tensor:
     """One-hot bool mask [B, R] of the last true position of each row; a row without one stays all false."""
     return mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+
+
+def append_end(tokens: Tensor, mask: Tensor, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Responses that all end: the first stop token is appended to those that were cut off before one.
+
+    Args:
+        tokens: [B, R] int64.
+        mask: [B, R] bool.
+        stop_ids: [N] int64.
+
+    Returns:
+        Tokens and mask [B, R + 1].
+    """
+    ended = (torch.isin(tokens, stop_ids) & last_true(mask)).any(-1)
+    place = torch.nn.functional.one_hot(mask.sum(-1), mask.shape[1] + 1).bool() & ~ended[:, None]
+    tokens, mask = (torch.nn.functional.pad(x, (0, 1)) for x in (tokens, mask))
+    return tokens.masked_fill(place, int(stop_ids[0])), mask | place

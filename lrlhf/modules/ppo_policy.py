@@ -10,7 +10,8 @@ Where it departs from the paper's code:
 2. Means, whitening and GAE run over response tokens, never over padding.
 3. Dropout is off in old and new log-probs alike, so the first ratio is exactly 1.
 4. One base in memory instead of four, adapters in fp32.
-5. Responses are scored as the tokens that were sampled, not decoded and tokenised again.
+5. Responses are scored as the tokens that were sampled, not decoded and tokenised again; one that was cut off is
+   scored with an end-of-sequence token, as the reward model was trained.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from lrlhf.callbacks.rollout import RolloutCallback
 from lrlhf.errors import UserError
 from lrlhf.functional import (
+    append_end,
     generalized_advantages,
     last_true,
     policy_loss,
@@ -288,9 +290,15 @@ class PPOPolicy(AlignmentModule):
         return results
 
     def score(self, sequences: Sequences, batch: Prompts) -> Tensor:
-        """Scores [B] fp32 of the responses: the reward model's, or the reward function's."""
+        """Scores [B] fp32 of the responses: the reward model's, or the reward function's.
+
+        A reward model reads its score at the end-of-sequence token and has seen no response without one; so it reads a
+        response that was cut off as if it ended there. What cutting off costs is MissingEOSPenalty's to say.
+        """
         if self.reward_function is None:
-            return score_in_pieces(self.backbone, "reward", sequences, self.micro_batch_size)
+            ended = append_end(sequences.response_ids, sequences.response_mask, self.stop_ids.to(self.device))
+            complete = Sequences(sequences.prompt_ids, sequences.prompt_mask, *ended)
+            return score_in_pieces(self.backbone, "reward", complete, self.micro_batch_size)
         responses = self.decode(sequences.response_ids, sequences.response_mask)
         scores = torch.as_tensor(self.reward_function(list(batch.texts), responses), dtype=torch.float32)
         if scores.shape != (len(batch),):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lrlhf.functional import last_true, position_ids, response_mask
+from lrlhf.functional import append_end, last_true, position_ids, response_mask
 
 EOS = 2
 T, F = True, False
@@ -49,3 +49,12 @@ def test_left_padding_leaves_the_positions_of_tokens_alone():
     mask = torch.tensor([[T, T, T]])
     padded = torch.nn.functional.pad(mask, (4, 0))
     assert torch.equal(position_ids(padded)[:, 4:], position_ids(mask))
+
+
+def test_the_end_is_appended_to_what_was_cut_off_and_to_nothing_else():
+    tokens = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [5, 6, 0, 0], [2, 0, 0, 0], [9, 9, 9, 9]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    ended, ended_mask = append_end(tokens, mask, torch.tensor([2, 3]))
+    assert [row[keep].tolist() for row, keep in zip(ended, ended_mask, strict=True)] == [
+        [5, 2], [5, 6, 7, 8, 2], [5, 6, 2], [2], [2]
+    ]  # fmt: skip
