@@ -1,5 +1,6 @@
-"""Checkpoint files: written so that a kill or a full disk leaves the one before whole, verified before they are used."""
+"""Checkpoint files: a kill or a full disk while one is written leaves the one before whole; verified before use."""
 
+import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -36,8 +37,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:
             _remove(scratch)
             raise UserError(
-                f"{path} could not be written ({_reason(error)}); the checkpoints before it are whole: make room and start "
-                "the same command again."
+                f"{path} could not be written ({_reason(error)}); the checkpoints before it are whole: make room and "
+                "start the same command again."
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -118,7 +119,5 @@ def _reason(error: BaseException) -> str:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
-    except OSError:
-        pass

@@ -36,7 +36,7 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder when a run starts, whole or not, without what concerns this launch alone."""
+    """Writes config.yaml into the run folder when a run starts, whole or not at all, without what is this launch's."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Only `fit` defines a run."""

@@ -15,7 +15,8 @@ import torch
 from lrlhf.checkpoints import FOLDER, checkpoint_path, load, newest_checkpoint
 from lrlhf.errors import UserError
 
-USAGE = """usage: lrlhf verify-resume --config FILE [--kill-at random|iteration:K] [--iterations N] [--folder DIR] [fit options]
+USAGE = """usage: lrlhf verify-resume --config FILE [--kill-at random|iteration:K] [--iterations N] [--folder DIR]
+                           [fit options]
 
   --kill-at MOMENT     a random moment of the run (the default), or as soon as iteration K is saved
   --iterations N       how many of the config's first iterations to run; 4 if not given

@@ -25,7 +25,8 @@ def save(path: Path, state: dict = STATE) -> Path:
 
 def test_what_is_saved_is_loaded(tmp_path):
     loaded = load(save(tmp_path / "a.ckpt"))
-    assert torch.equal(loaded["weights"], STATE["weights"]) and loaded["epoch"] == 3
+    assert torch.equal(loaded["weights"], STATE["weights"])
+    assert loaded["epoch"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
 
 
@@ -42,7 +43,8 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
         except UserError:
             noticed += 1
         else:
-            assert torch.equal(loaded["weights"], STATE["weights"]) and loaded["epoch"] == 3
+            assert torch.equal(loaded["weights"], STATE["weights"])
+            assert loaded["epoch"] == 3
     assert noticed > 200  # the file's 4,000 of 5,000 bytes are data; the rest is padding and names
 
 

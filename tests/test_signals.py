@@ -21,7 +21,8 @@ def test_a_handler_is_called_when_the_signals_are_delivered_and_not_before(handl
     signals = DeferredSignals()
     signals.take()
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert signals.received == [signal.SIGUSR1] and handled == []
+    assert signals.received == [signal.SIGUSR1]
+    assert handled == []
     signals.deliver()
     assert handled == [signal.SIGUSR1]
 

@@ -164,7 +164,8 @@ class AlpacaDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """Where training stands: the order's seed, the epoch, and how many of its batches are done."""
         assert self.trainer is not None
-        epochs, batches = self.trainer.fit_loop.epoch_progress.total, self.trainer.fit_loop.epoch_loop.batch_progress
+        epochs: Any = self.trainer.fit_loop.epoch_progress.total
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress
         under_way = epochs.completed < epochs.started
         start = batches.current.completed if under_way else 0
         return {"seed": self._seed, "epoch": epochs.processed, "start": start}

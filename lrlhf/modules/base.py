@@ -54,7 +54,7 @@ class AlignmentModule(L.LightningModule):
         optimizer: the paper's AdamW by default.
         schedule: the paper's linear decay by default.
         max_grad_norm: gradients of larger global norm are scaled down to it; 1.0 in the paper.
-        on_nonfinite: at a loss, gradient or reward that is NaN or infinite, stop the run, or skip the step and count it.
+        on_nonfinite: at a loss, gradient or reward that is NaN or infinite, stop, or skip the step and count it.
     """
 
     task: ClassVar[Literal["sft", "preference", "prompts"]]
@@ -221,11 +221,11 @@ class AlignmentModule(L.LightningModule):
     def end_iteration(self, metrics: dict[str, float]) -> None:
         """Move the schedule and the count on, and log."""
         schedule = self.lr_schedulers()
-        learning_rate = schedule.get_last_lr()[0]  # type: ignore[union-attr]
+        learning_rate = float(schedule.get_last_lr()[0])  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr]
         metrics = metrics | {"learning_rate": learning_rate}
         if self.on_nonfinite == "skip":
-            metrics["skipped"] = self.skipped
+            metrics["skipped"] = float(self.skipped)
         self.log_dict({f"train/{k}": v for k, v in metrics.items()})
         self.iteration += 1
 

@@ -54,7 +54,8 @@ def test_a_callback_that_forgets_its_generator_is_found(config, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         verify("--config", str(forgetful), "--kill-at", "iteration:2", "--iterations", "3")
     assert stop.value.code != 0
-    assert "the resumed run differs in 1 of" in (error := capsys.readouterr().err) and "metrics.csv" in error
+    assert "the resumed run differs in 1 of" in (error := capsys.readouterr().err)
+    assert "metrics.csv" in error
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,9 @@ def test_bad_options_are_one_sentence(arguments, named, config, capsys):
     with pytest.raises(SystemExit) as stop:
         verify("--config", str(config), *arguments)
     error = capsys.readouterr().err
-    assert stop.value.code != 0 and named in error and "Traceback" not in error
+    assert stop.value.code != 0
+    assert named in error
+    assert "Traceback" not in error
 
 
 def test_a_folder_that_holds_a_verification_is_left_alone(config, tmp_path, capsys):
@@ -119,4 +122,5 @@ def test_in_code_a_run_goes_on_from_a_checkpoint(file, tmp_path, tiny_llama, dat
     assert saved.stem == "iteration=000003"
     run(tmp_path / "broken", saved if file == "newest" else saved.with_name("best.ckpt"), breaking)
     differing, compared = differences(tmp_path / "whole", tmp_path / "broken")
-    assert compared > 500 and differing == []
+    assert compared > 500
+    assert differing == []
