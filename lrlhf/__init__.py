@@ -23,6 +23,7 @@ _HOMES = {
     "RolloutCallback": "lrlhf.callbacks",
     "SampleLog": "lrlhf.callbacks",
     "Backbone": "lrlhf.backbone",
+    "FSDP2Strategy": "lrlhf.fsdp",
     "LoRA": "lrlhf.backbone",
     "Sampling": "lrlhf.generation",
     "UserError": "lrlhf.errors",

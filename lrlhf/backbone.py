@@ -110,6 +110,9 @@ class Backbone(nn.Module):
         self._trainable: dict[str, list[nn.Parameter]] = {}
         self._peft: list[PeftModel] = []
         self._role: str | None = None
+        self.lockstep = False
+        """Whether every pass is a message: the base is sharded, and processes must make equally many passes."""
+        self.gather: Literal["rollout", "layer"] = "rollout"
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 

@@ -1,5 +1,6 @@
 """Sampling responses: a plain loop over a key-value cache, rows leaving when they have ended."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,7 @@ def sample_responses(
     sampling: Sampling,
     stop_ids: Tensor,
     uniforms: Tensor,
+    go_on: Callable[[bool], bool] = bool,
 ) -> tuple[Tensor, Tensor]:
     """Responses of the backbone's current role.
 
@@ -84,6 +86,8 @@ def sample_responses(
         stop_ids: [S] int64, the tokens that end a response.
         uniforms: [B, max_new_tokens] in [0, 1), all the randomness there is: a response depends on its own row alone,
             not on how the batch is cut or on when others end.
+        go_on: from whether a row here is still to end to whether another token is drawn: processes that must run
+            equally many passes go on together.
 
     Returns:
         response_ids [B, R] int64, 0 off the mask, and response_mask [B, R] bool, R <= max_new_tokens.
@@ -98,9 +102,9 @@ def sample_responses(
         chosen = choose(logits, uniforms[active, step], sampling)
         tokens[active[alive], step] = chosen[alive]
         alive = alive & ~torch.isin(chosen, stop_ids)
-        if not alive.any():
+        if not go_on(bool(alive.any())):
             break
-        if alive.sum() <= 0.75 * len(alive):
+        if alive.sum() <= 0.75 * len(alive) and alive.any():
             keep = alive.nonzero().squeeze(-1)
             cache.batch_select_indices(keep)
             active, chosen, mask, positions, alive = (x[keep] for x in (active, chosen, mask, positions, alive))

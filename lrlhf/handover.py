@@ -66,6 +66,8 @@ class Handover:
     def write(cls, module: "AlignmentModule", folder: Path) -> "Handover":
         """Save the role of a trained module; written beside and renamed, so that a kill leaves no half a folder."""
         backbone, role = module.backbone, module.role
+        head = role in backbone.heads
+        probe_score = score_probe(backbone, role, module.tokenizer) if head else None  # saving shards a gathered base
         scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -76,7 +78,6 @@ class Handover:
         if role == "policy" and stack:
             backbone.export_adapter(role, scratch)
             (scratch / "README.md").unlink(missing_ok=True)
-        head = role in backbone.heads
         handover = cls(
             folder=folder,
             role=role,
@@ -87,7 +88,7 @@ class Handover:
             tokenizer=fingerprint_tokenizer(module.tokenizer),
             template=module.template_fingerprint(),
             adapters={adapter: _digest(scratch / adapter) for adapter in stack},
-            probe_score=score_probe(backbone, role, module.tokenizer) if head else None,
+            probe_score=probe_score,
             dtype=module.dtype_name,
         )
         values = {k: v for k, v in asdict(handover).items() if k != "folder"}

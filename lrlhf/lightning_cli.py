@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lrlhf.callbacks import Checkpoints, PredictionWriter
@@ -96,6 +97,14 @@ class AlignmentCLI(LightningCLI):
         if (path := self.config.get(f"{self.command}.ckpt_path")) and path not in ("best", "last", "hpc"):
             load(Path(path))
 
+    def before_instantiate_classes(self) -> None:
+        """Lightning's `fsdp` wraps the whole module and trains wrongly with manual optimization; take ours."""
+        trainer = self._get(self.config, "trainer")
+        strategy = trainer.strategy
+        if strategy == "fsdp" or str(getattr(strategy, "class_path", "")).endswith(".FSDPStrategy"):
+            rank_zero_info("trainer.strategy: fsdp is run as fsdp2, which shards the frozen base")
+            trainer.strategy = "fsdp2"
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The run folder, its logger, its checkpoints, and predictions that are written."""
         config = self._get(self.config_init, "trainer")
@@ -123,14 +132,16 @@ class AlignmentCLI(LightningCLI):
         """Go on from the run folder's newest checkpoint unless told otherwise."""
         config, run = self.config_init["fit"], Path(self.trainer.default_root_dir)
         if config["fresh"]:
-            clear(run)
+            if self.trainer.is_global_zero:
+                clear(run)
         elif config.get("ckpt_path") is None and (newest := newest_checkpoint(run)):
             as_long = refuse_other_run(self._values(), run)
             if load(newest).get("complete") and as_long:
                 raise NothingLeft(
                     f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh"
                 )
-            print(f"Going on from {newest}")
+            if self.trainer.is_global_zero:
+                print(f"Going on from {newest}")
             config["ckpt_path"] = str(newest)
 
     def _values(self) -> dict[str, Any]:
@@ -149,7 +160,8 @@ class AlignmentCLI(LightningCLI):
                 f"{self.subcommand}: no checkpoint in {run / FOLDER}; run fit with the same config first, or give "
                 "--ckpt_path."
             )
-        print(f"Using {newest}")
+        if self.trainer.is_global_zero:
+            print(f"Using {newest}")
         config["ckpt_path"] = str(newest)
 
     before_validate = before_test = before_predict = _use_newest_checkpoint

@@ -3,11 +3,15 @@
 import torch
 from torch import Tensor
 
-from lrlhf.functional import masked_sum
+from lrlhf.distributed import device, total
+from lrlhf.functional import masked_sum, masked_variance
 
 
 class Means:
-    """Weighted means of named quantities, each token or response counting once however the batch was cut."""
+    """Weighted means of named quantities, each token or response counting once however the batch was cut.
+
+    Every process adds the same names in the same order.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -20,12 +24,15 @@ class Means:
         self._counts[name] = self._counts.get(name, 0.0) + int(mask.sum())
 
     def compute(self) -> dict[str, float]:
-        """The means so far; 0 for a quantity that was only ever added with empty masks."""
-        return {name: total / max(self._counts[name], 1) for name, total in self._sums.items()}
+        """The means so far, over all processes; 0 for a quantity that was only ever added with empty masks."""
+        if not self._sums:
+            return {}
+        both = torch.tensor([list(self._sums.values()), list(self._counts.values())], dtype=torch.float64)
+        sums, counts = total(both.to(device())).cpu()
+        return dict(zip(self._sums, (sums / counts.clamp(min=1)).tolist(), strict=True))
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 no better than a constant."""
-    errors, targets = (returns - values)[mask].float(), returns[mask].float()
-    variance = targets.var(correction=0)
-    return float(1 - errors.var(correction=0) / variance) if variance > 0 else 0.0
+    variance = masked_variance(returns, mask, total)
+    return float(1 - masked_variance(returns - values, mask, total) / variance) if variance > 0 else 0.0

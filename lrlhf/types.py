@@ -69,8 +69,13 @@ class Sequences:
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Self]]:
         """Pieces of at most `size` rows of similar length, each with the index [N] of its rows. Saves memory only."""
         order = self.mask.sum(-1).argsort(descending=True, stable=True)
-        for index in order.split(size):
+        for index in order.split(size) if len(self) else ():
             yield index, self.rows(index)
+
+    def blank(self) -> Self:
+        """One row of one prompt token and one response token that does not count."""
+        first = {f.name: getattr(self, f.name).new_zeros((1, 1)[: getattr(self, f.name).ndim]) for f in fields(self)}
+        return replace(self, **first | {"prompt_mask": ~first["prompt_mask"]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,14 @@ class Preferences:
         """All fields on `device`."""
         return Preferences(*(getattr(self, f.name).to(device, **options) for f in fields(self)))
 
-    def micro_batches(self, size: int) -> Iterator[Preferences]:
-        """Pieces of at most `size` pairs, of similar length. Saves memory only."""
+    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Preferences]]:
+        """Pieces of at most `size` pairs, of similar length, with the index [N] of each. Saves memory only."""
         for index, chosen in self.chosen.micro_batches(size):
-            yield Preferences(chosen, self.rejected.rows(index), self.margin[index])
+            yield index, Preferences(chosen, self.rejected.rows(index), self.margin[index])
+
+    def blank(self) -> Preferences:
+        """One pair of blank sequences."""
+        return Preferences(self.chosen.blank(), self.rejected.blank(), self.margin.new_zeros(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +144,15 @@ class Experience(Rollout):
     advantages: Tensor
     returns: Tensor
 
-    def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Self]:
-        """Shuffled pieces of `size` rows, one optimizer step each."""
-        order = torch.randperm(len(self), generator=generator)
-        for index in order.split(size):
-            yield self.rows(index.to(self.prompt_ids.device))
+    def minibatches(self, size: int, generator: torch.Generator, rank: int = 0, world_size: int = 1) -> Iterator[Self]:
+        """Shuffled pieces of `size` rows over all processes, one optimizer step each.
+
+        Process `rank` holds every `world_size`-th row of the batch. Each piece takes one row from every residue class
+        modulo `size`, so that all processes have equally many rows of it and it is the same piece for any `world_size`
+        that divides `size`.
+        """
+        shuffled = torch.rand(-(-len(self) * world_size // size), size, generator=generator).argsort(0)
+        for piece in shuffled * size + torch.arange(size):
+            mine = piece[(piece % world_size == rank) & (piece < len(self) * world_size)] // world_size
+            if len(mine):
+                yield self.rows(mine.to(self.prompt_ids.device))

@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -79,7 +79,33 @@ def test_minibatches_are_a_permutation_that_the_generator_decides(size):
 
     assert sorted(order(0)) == [0, 1, 2, 3, 4]
     assert order(0) == order(0)
-    assert len({tuple(order(seed)) for seed in range(5)}) > 1
+    assert len({tuple(order(seed)) for seed in range(5)}) > (size < 5)
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_minibatches_are_the_same_rows_for_any_number_of_processes(size):
+    """Of 16 rows, process r of w holds r, r + w, ...; each has equally many rows of each minibatch."""
+    rows = [i % 5 for i in range(16)]
+    batch = replace(experience().rows(torch.tensor(rows)), scores=torch.arange(16.0))
+
+    def pieces(world_size: int) -> list[set[float]]:
+        found: list[set[float]] = [set() for _ in range(16 // size)]
+        for rank in range(world_size):
+            local = batch.rows(torch.arange(rank, 16, world_size))
+            minibatches = list(local.minibatches(size, torch.Generator().manual_seed(3), rank, world_size))
+            assert [len(x) for x in minibatches] == [size // world_size] * (16 // size)
+            for piece, minibatch in zip(found, minibatches, strict=True):
+                piece |= set(minibatch.scores.tolist())
+        return found
+
+    assert sorted(number for piece in pieces(1) for number in piece) == list(range(16))
+    assert pieces(1) == pieces(2) == pieces(4)
+
+
+def test_a_blank_row_has_one_prompt_token_and_no_response():
+    blank = experience().blank()
+    assert (len(blank), blank.prompt_mask.tolist(), blank.response_mask.tolist()) == (1, [[True]], [[False]])
+    assert blank.scores.shape == (1,)
 
 
 def test_ids_and_mask_join_prompt_and_response():
@@ -100,7 +126,8 @@ def test_pairs_stay_together_in_micro_batches():
     ]
     pairs = Preferences(*sequences, margin=torch.arange(5.0))
     seen = []
-    for piece in pairs.micro_batches(2):
+    for index, piece in pairs.micro_batches(2):
+        assert index.tolist() == piece.margin.long().tolist()
         for i, row in enumerate(piece.margin.long().tolist()):
             seen.append(row)
             for side, whole in zip((piece.chosen, piece.rejected), sequences, strict=True):

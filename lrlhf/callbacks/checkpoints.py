@@ -9,6 +9,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lrlhf.checkpoints import FOLDER, SafeCheckpointIO, all_checkpoints, checkpoint_path
+from lrlhf.distributed import any_process, gather_objects, rank, world_size
 from lrlhf.errors import UserError
 from lrlhf.random_state import random_state, set_random_state
 from lrlhf.signals import DeferredSignals
@@ -56,14 +57,15 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Go on from here, or save what is here; leave if a signal asked for it."""
-        stopping = bool(self._signals.received)
+        stopping = any_process(bool(self._signals.received))
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
         elif pl_module.iteration:
             self._save(trainer, pl_module.iteration, pl_module.iteration % self.every == 0 or stopping)
         if stopping:
-            print(f"Stopped after {pl_module.iteration} iterations; the same command goes on from there")
+            if trainer.is_global_zero:
+                print(f"Stopped after {pl_module.iteration} iterations; the same command goes on from there")
             self._signals.deliver()
             raise SIGTERMException
 
@@ -118,13 +120,14 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the generators and the logs' positions, and put Lightning's loops between two iterations."""
         checkpoint["complete"] = settle_loops(checkpoint["loops"]["fit_loop"])
-        checkpoint["random"] = random_state()
+        checkpoint["random"] = gather_objects(random_state())
         checkpoint["loggers"] = [getattr(logger, "state_dict", dict)() for logger in trainer.loggers]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Generators come last, when the first iteration starts; logs go back to where they were."""
         if trainer.state.fn == "fit" and "random" in checkpoint:
-            self._random = checkpoint["random"]
+            states = checkpoint["random"]
+            self._random = states[rank()] if len(states) == world_size() else None
             for logger, state in zip(trainer.loggers, checkpoint["loggers"], strict=False):
                 if hasattr(logger, "load_state_dict"):
                     logger.load_state_dict(state)

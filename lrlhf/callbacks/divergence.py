@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from lrlhf.callbacks.rollout import RolloutCallback, stage
+from lrlhf.distributed import total
 from lrlhf.errors import UserError
 from lrlhf.functional import kl
 from lrlhf.functional.divergence import Divergence
@@ -85,11 +87,14 @@ class DivergenceCallback(RolloutCallback):
         mask = rollout.response_mask
         values = measure(policy, rollout, rollout.logprobs, (self.divergence, *self.also_log))
         penalty = self.coefficient * values[_name(self.divergence)]
-        metrics: dict[str, Any] = {f"divergence/{name}": masked_mean(value, mask) for name, value in values.items()}
-        metrics |= {"coefficient": self.coefficient, "penalty": penalty.sum(-1).mean()}
-        policy.log_dict({f"{stage(trainer)}/{k}": float(v) for k, v in metrics.items()}, batch_size=len(rollout))
+        metrics: dict[str, Any] = {
+            f"divergence/{name}": masked_mean(value, mask, total) for name, value in values.items()
+        }
+        rows = total(torch.tensor(len(rollout), device=mask.device))
+        per_response = float(total(values[_name(self.divergence)].sum()) / rows)
+        metrics |= {"coefficient": self.coefficient, "penalty": self.coefficient * per_response}
+        policy.log_dict({f"{stage(trainer)}/{k}": float(v) for k, v in metrics.items()}, batch_size=int(rows))
         if self.controller and trainer.training:
-            per_response = float(values[_name(self.divergence)].sum(-1).mean())
             self.coefficient = self.controller.next(self.coefficient, per_response)
         return rewards - penalty
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrlhf.callbacks.rollout import RolloutCallback
+from lrlhf.distributed import total
 from lrlhf.errors import UserError
 from lrlhf.functional import last_true
 from lrlhf.types import Rollout
@@ -65,18 +66,22 @@ class NormalizeScores(RolloutCallback):
     def shape_rewards(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> Tensor:
         """Moves the score at the last token; what other callbacks added stays."""
         scores = rollout.scores
-        if trainer.training and bool(scores.isfinite().all()):
+        if trainer.training:
             self._add(scores.double())
         deviation = math.sqrt(self.squares / self.count) if self.squares else 1.0
         normalized = (scores - (self.mean if self.center else 0.0)) / deviation
         return torch.where(last_true(rollout.response_mask), rewards + (normalized - scores)[:, None], rewards)
 
     def _add(self, scores: Tensor) -> None:
-        count, mean = len(scores), float(scores.mean())
-        total = self.count + count
-        self.squares += float((scores - mean).square().sum()) + (mean - self.mean) ** 2 * self.count * count / total
-        self.mean += (mean - self.mean) * count / total
-        self.count = total
+        count, mean = int(total(torch.tensor(len(scores), device=scores.device))), float(total(scores.sum()))
+        if not math.isfinite(mean):
+            return
+        mean /= count
+        seen = self.count + count
+        squares = float(total((scores - mean).square().sum()))
+        self.squares += squares + (mean - self.mean) ** 2 * self.count * count / seen
+        self.mean += (mean - self.mean) * count / seen
+        self.count = seen
 
     def state_dict(self) -> dict[str, Any]:
         """The moments."""

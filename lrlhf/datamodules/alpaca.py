@@ -14,6 +14,7 @@ from lrlhf.datamodules.collate import Tokenized, collate_preferences, collate_pr
 from lrlhf.datamodules.formats import BadRow, Row, read_rows
 from lrlhf.datamodules.prompts import AlpacaTemplate, Template
 from lrlhf.datamodules.sampler import BatchSampler
+from lrlhf.distributed import gather_objects
 from lrlhf.errors import UserError
 from lrlhf.pretrained import load_tokenizer
 
@@ -156,6 +157,8 @@ class AlpacaDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """In the order of the file: prompts for SFT and PPO, pairs for a reward model."""
+        if self.trainer and self.trainer.world_size > 1:
+            raise UserError("predict runs on one device: set trainer.devices: 1.")
         task = "prompts" if self.task == "sft" else self.task
         # Lightning wraps the sampler of a prediction loader, and can do so with its own kind alone.
         rows: Any = self.rows["predict"]
@@ -180,7 +183,7 @@ class AlpacaDataModule(L.LightningDataModule):
         self, view: str, batch_size: int, grouped: bool = False, shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader:
         rows: Any = self.rows[view]
-        position = {"seed": torch.initial_seed(), "epoch": 0, "start": 0}
+        position = {"seed": gather_objects(torch.initial_seed())[0], "epoch": 0, "start": 0}
         if view == "train":
             position, self._position = self._position or position, None
             self._seed = position["seed"]

@@ -27,7 +27,7 @@ class Tokenized:
 
 def pad(rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
     """Token ids [B, L] int64, 0 on padding, and their mask [B, L] bool."""
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=1)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):

@@ -1,7 +1,8 @@
 """What the three stages share: build the roles, optimise, save only what trains, hand over."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,13 +10,16 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
+from lrlhf import distributed
 from lrlhf.backbone import Backbone, DType, LoRA
 from lrlhf.errors import UserError
+from lrlhf.fsdp import FSDP2Strategy, gathered, shard
 from lrlhf.functional.randomness import generator
 from lrlhf.generation import Sampling, sample_responses
 from lrlhf.handover import Handover
@@ -120,6 +124,8 @@ class AlignmentModule(L.LightningModule):
             parent.check(self.backbone, fingerprint_tokenizer(self.tokenizer))
         self.build_roles()
         self.backbone.eval()
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy):
+            shard(self.backbone, self.trainer.strategy.device_mesh["data_parallel"], self.trainer.strategy.gather)
 
     def load_sft(self) -> tuple[str, ...]:
         """Load the SFT adapter if there is one; the stack that everything else lies on."""
@@ -148,19 +154,29 @@ class AlignmentModule(L.LightningModule):
             )
         if trainer.precision != "32-true":
             raise UserError(f"trainer.precision={trainer.precision} does not apply here; set model.dtype instead.")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
+            raise UserError(
+                f"trainer.strategy: {type(trainer.strategy).__name__} wraps the whole module, which trains wrongly "
+                "with manual optimization; use ddp or fsdp2."
+            )
+        if self.lora is None and isinstance(trainer.strategy, FSDP2Strategy):
+            raise UserError("FSDP shards the frozen base, and with model.lora: null nothing is frozen; use ddp.")
         return []
 
     def setup(self, stage: str) -> None:
         """Take the run's seed: what is sampled depends on it and on where in the run it happens, on nothing else."""
-        self.seed = torch.initial_seed() % 2**31
+        self.seed = distributed.gather_objects(torch.initial_seed())[0] % 2**31
 
     def on_fit_start(self) -> None:
-        """Check what a trainer flag would break, and that the data speaks the parents' template."""
-        trainer = self.trainer
-        if trainer.world_size > 1:
-            raise UserError(f"{trainer.world_size} processes: token counts are not global yet; set trainer.devices: 1.")
+        """Check that the data speaks the parents' template, and begin with equal weights in all processes."""
+        distributed.broadcast(self.backbone.trainable())
         for parent in self.parents.values():
             parent.check_template(self.template_fingerprint())
+
+    def on_train_start(self) -> None:
+        """From here on every process draws its own dropout."""
+        if self.global_rank:
+            torch.manual_seed(self.seed + self.global_rank)
 
     def template_fingerprint(self) -> str | None:
         """Of the data module's prompt template; None when plain loaders were given."""
@@ -192,9 +208,12 @@ class AlignmentModule(L.LightningModule):
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         total = 0.0
-        for loss in losses:
-            self.manual_backward(loss)
-            total += float(loss.detach())
+        with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
+            for loss in losses:
+                self.manual_backward(loss)
+                total += float(loss.detach())
+        distributed.sum_gradients(self.backbone.trainable())
+        total = float(distributed.total(torch.tensor(total, device=self.device)))
         norm = float(torch.nn.utils.clip_grad_norm_(self.backbone.trainable(), self.max_grad_norm))
         for name, number in (("loss", total), ("gradient norm", norm)):
             if not math.isfinite(number):
@@ -232,15 +251,18 @@ class AlignmentModule(L.LightningModule):
     # Sample
 
     def sample(self, prompts: Prompts, role: str, *place: int | str) -> tuple[Tensor, Tensor]:
-        """Responses of a role: ids and mask [B, R]. The draws depend on the seed and `place` alone."""
-        draws = torch.rand(len(prompts), self.sampling.max_new_tokens, generator=generator(*self._seeded(place)))
-        pieces = zip(
-            *(
-                x.split(self.sampling.batch_size)
-                for x in (prompts.prompt_ids, prompts.prompt_mask, draws.to(self.device))
-            ),
-            strict=True,
+        """Responses of a role: ids and mask [B, R].
+
+        The draws depend on the seed, `place` and the row's number in the batch over all processes, on nothing else.
+        """
+        rows, size = len(prompts), self.sampling.batch_size
+        world = distributed.world_size()
+        every = torch.rand(
+            distributed.largest(rows) * world, self.sampling.max_new_tokens, generator=generator(*self._seeded(place))
         )
+        columns = (prompts.prompt_ids, prompts.prompt_mask, every[distributed.rank() :: world][:rows].to(self.device))
+        pieces = list(zip(*(x.split(size) for x in columns), strict=True)) if rows else []
+        pieces += [tuple(x.new_ones(1, x.shape[1]) for x in columns)] * self.missing_passes(rows, size)
         with self.backbone.role(role):
             sampled = [
                 sample_responses(
@@ -250,13 +272,31 @@ class AlignmentModule(L.LightningModule):
                     sampling=self.sampling,
                     stop_ids=self.stop_ids.to(self.device),
                     uniforms=uniforms,
+                    go_on=distributed.any_process if self.backbone.lockstep else bool,
                 )
                 for ids, mask, uniforms in pieces
             ]
-        ids, mask = (
-            pad_sequence([row for piece in x for row in piece], batch_first=True) for x in zip(*sampled, strict=True)
-        )
+        none = torch.zeros(0, 1, dtype=torch.long, device=self.device)
+        responses = [(ids, mask) for piece in sampled for ids, mask in zip(*piece, strict=True)][:rows]
+        if not responses:
+            return none, none.bool()
+        ids, mask = (pad_sequence(list(x), batch_first=True) for x in zip(*responses, strict=True))
         return ids, mask
+
+    def missing_passes(self, rows: int, size: int) -> int:
+        """How many more passes another process makes over its rows of a batch; 0 unless passes are messages."""
+        passes = -(-rows // size)
+        return distributed.largest(passes) - passes if self.backbone.lockstep else 0
+
+    def micro_batches(self, batch: Any) -> Iterator[tuple[Tensor, Any]]:
+        """The pieces of a batch, each with the index [N] of its rows; as many as in every other process, if it matters.
+
+        Those to fill up are one blank row with an empty index.
+        """
+        missing = self.missing_passes(len(batch), self.micro_batch_size)
+        yield from batch.micro_batches(self.micro_batch_size)
+        for _ in range(missing):
+            yield torch.zeros(0, dtype=torch.long), batch.blank()
 
     def _seeded(self, place: tuple[int | str, ...]) -> tuple:
         return self.seed, "sampling", *place
@@ -323,10 +363,13 @@ class AlignmentModule(L.LightningModule):
 
     def on_train_end(self) -> None:
         """Write the hand-over folder: what the next stage starts from."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder = Path(self.trainer.default_root_dir) / "handover"
-            Handover.write(self, folder)
-            rank_zero_info(f"Handed over the {self.role} role in {folder}")
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(self.trainer.default_root_dir) / "handover"
+        with gathered(self.backbone, always=True):
+            if self.trainer.is_global_zero:
+                Handover.write(self, folder)
+        rank_zero_info(f"Handed over the {self.role} role in {folder}")
 
 
 def _differing(there: Any, here: Any) -> str:

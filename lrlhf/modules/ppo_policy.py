@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from lrlhf.callbacks.rollout import RolloutCallback
+from lrlhf.distributed import any_process, rank, total, world_size
 from lrlhf.errors import UserError
+from lrlhf.fsdp import gathered
 from lrlhf.functional import (
     append_end,
     generalized_advantages,
     last_true,
+    masked_variance,
     policy_loss,
     token_statistics,
     value_loss,
@@ -38,7 +41,6 @@ from lrlhf.functional.randomness import generator
 from lrlhf.handover import Handover
 from lrlhf.metrics import Means, explained_variance
 from lrlhf.modules.base import AlignmentModule
-from lrlhf.modules.reward_model import score_in_pieces
 from lrlhf.modules.self_check import self_check
 from lrlhf.types import Experience, Prompts, Rollout, Sequences
 
@@ -160,19 +162,25 @@ class PPOPolicy(AlignmentModule):
         batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
         if batch_size and batch_size % self.minibatch_size:
             raise UserError(f"model.minibatch_size={self.minibatch_size} does not divide data.batch_size={batch_size}.")
+        if self.minibatch_size % world_size():
+            raise UserError(
+                f"model.minibatch_size={self.minibatch_size} does not divide among {world_size()} processes."
+            )
 
     def on_train_batch_start(self, batch: Prompts, batch_idx: int) -> None:
         """Before the first iteration of every fit: is everything what it claims to be?"""
         if not self._checked:
-            self_check(self, batch)
+            with gathered(self.backbone):
+                self_check(self, batch)
             self._checked = True
 
     # One iteration
 
     def training_step(self, batch: Prompts, batch_idx: int) -> None:
         """One PPO iteration."""
-        rollout = self.rollout(batch, "train", self.iteration)
-        rewards = self.shape_rewards(rollout)
+        with gathered(self.backbone):
+            rollout = self.rollout(batch, "train", self.iteration)
+            rewards = self.shape_rewards(rollout)
         experience = self.estimate_advantages(rollout, rewards)
         self.optimize(experience)
 
@@ -193,7 +201,8 @@ class PPOPolicy(AlignmentModule):
         callbacks = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         for callback in callbacks:
             rewards = callback.shape_rewards(self.trainer, self, rollout, rewards)
-        if self.on_nonfinite == "stop" and not rewards[rollout.response_mask].isfinite().all():
+        finite = bool(rewards[rollout.response_mask].isfinite().all())
+        if self.on_nonfinite == "stop" and any_process(not finite):
             self.refuse_nonfinite("a reward is not finite", "look at the reward model, the reward function or penalty")
         for callback in callbacks:
             callback.on_rollout_end(self.trainer, self, rollout, rewards)
@@ -202,19 +211,19 @@ class PPOPolicy(AlignmentModule):
     def estimate_advantages(self, rollout: Rollout, rewards: Tensor) -> Experience:
         """Whiten rewards in scale, GAE, whiten advantages."""
         mask = rollout.response_mask
-        scaled = whiten(rewards, mask, center=False) if self.whiten_rewards else rewards
+        scaled = whiten(rewards, mask, center=False, total=total) if self.whiten_rewards else rewards
         advantages, returns = generalized_advantages(
             scaled, rollout.values, mask, discount=self.discount, trace_decay=self.trace_decay
         )
         fields = {name: getattr(rollout, name) for name in (*Sequences.__slots__, *Rollout.__slots__)}
-        return Experience(**fields, advantages=whiten(advantages, mask), returns=returns)
+        return Experience(**fields, advantages=whiten(advantages, mask, total=total), returns=returns)
 
     def optimize(self, experience: Experience) -> None:
         """Inner epochs of minibatches, until the update is too far from the policy that sampled."""
         means, stopped = Means(), False
         for epoch in range(self.inner_epochs):
             order = generator(self.seed, "minibatches", self.iteration, epoch)
-            for minibatch in experience.minibatches(self.minibatch_size, order):
+            for minibatch in experience.minibatches(self.minibatch_size, order, rank(), world_size()):
                 step = Means()
                 with self.backbone.training_pass(dropout=False):
                     metrics = self.descend(self.losses(minibatch, step, means))
@@ -230,13 +239,13 @@ class PPOPolicy(AlignmentModule):
 
     def losses(self, minibatch: Experience, *means: Means) -> Iterator[Tensor]:
         """The losses of one optimizer step, micro-batch by micro-batch, each in its role."""
-        tokens = minibatch.response_mask.sum()
+        tokens = total(minibatch.response_mask.sum())
         if self.iteration >= self.critic_warmup:
             with self.backbone.role("policy"):
-                for _, piece in minibatch.micro_batches(self.micro_batch_size):
+                for _, piece in self.micro_batches(minibatch):
                     yield self.policy_objective(piece, *means).sum() / tokens
         with self.backbone.role("critic"):
-            for _, piece in minibatch.micro_batches(self.micro_batch_size):
+            for _, piece in self.micro_batches(minibatch):
                 yield self.value_coefficient * self.value_objective(piece, *means).sum() / tokens
 
     def policy_objective(self, piece: Experience, *means: Means) -> Tensor:
@@ -272,13 +281,13 @@ class PPOPolicy(AlignmentModule):
     def divergences(self, sequences: Sequences, functions: Sequence[Divergence]) -> list[Tensor]:
         """Exact divergences [B, R] fp32 of policy and reference over the whole vocabulary, in chunks, in one pass."""
         results = [torch.zeros(sequences.response_mask.shape, device=self.device) for _ in functions]
-        for index, piece in sequences.micro_batches(self.micro_batch_size):
+        for index, piece in self.micro_batches(sequences):
             with self.backbone.role("policy"):
                 hidden, head = self.backbone.encode(piece)[:, :-1], self.backbone.lm_head
             with self.backbone.role("reference"):
                 ref_hidden, ref_head = self.backbone.encode(piece)[:, :-1], self.backbone.lm_head
             for result, function in zip(results, functions, strict=True):
-                result[index, : hidden.shape[1]] = vocabulary_divergence(
+                values = vocabulary_divergence(
                     hidden,
                     ref_hidden,
                     head,
@@ -287,6 +296,7 @@ class PPOPolicy(AlignmentModule):
                     function,
                     temperature=self.sampling.temperature,
                 )
+                result[index, : values.shape[1]] = values[: len(index)]
         return results
 
     def score(self, sequences: Sequences, batch: Prompts) -> Tensor:
@@ -298,7 +308,11 @@ class PPOPolicy(AlignmentModule):
         if self.reward_function is None:
             ended = append_end(sequences.response_ids, sequences.response_mask, self.stop_ids.to(self.device))
             complete = Sequences(sequences.prompt_ids, sequences.prompt_mask, *ended)
-            return score_in_pieces(self.backbone, "reward", complete, self.micro_batch_size)
+            scores = torch.zeros(len(batch), device=self.device)
+            with self.backbone.role("reward"):
+                for index, piece in self.micro_batches(complete):
+                    scores[index] = self.backbone.scores(piece)[: len(index)]
+            return scores
         responses = self.decode(sequences.response_ids, sequences.response_mask)
         scores = torch.as_tensor(self.reward_function(list(batch.texts), responses), dtype=torch.float32)
         if scores.shape != (len(batch),):
@@ -307,9 +321,9 @@ class PPOPolicy(AlignmentModule):
 
     def _per_token(self, sequences: Sequences, compute: Callable[[Any], Tensor]) -> Tensor:
         result = torch.zeros(sequences.response_mask.shape, device=sequences.prompt_ids.device)
-        for index, piece in sequences.micro_batches(self.micro_batch_size):
+        for index, piece in self.micro_batches(sequences):
             values = compute(piece)
-            result[index, : values.shape[1]] = values
+            result[index, : values.shape[1]] = values[: len(index)]
         return result
 
     def _statistics(self, piece: Sequences) -> TokenStatistics:
@@ -336,20 +350,23 @@ class PPOPolicy(AlignmentModule):
     def rollout_metrics(self, rollout: Rollout) -> dict[str, float]:
         """Score, response length and share of responses that ended by themselves."""
         ended = torch.isin(rollout.response_ids, self.stop_ids.to(self.device)) & last_true(rollout.response_mask)
-        return {
-            "score": float(rollout.scores.mean()),
-            "score_deviation": float(rollout.scores.std(correction=0)),
-            "length": float(rollout.lengths.float().mean()),
-            "ended": float(ended.any(-1).float().mean()),
-        }
+        rows = torch.ones_like(rollout.scores, dtype=torch.bool)
+        means = Means()
+        means.add("score", rollout.scores)
+        means.add("length", rollout.lengths)
+        means.add("ended", ended.any(-1))
+        deviation = masked_variance(rollout.scores, rows, total).sqrt()
+        return {**means.compute(), "score_deviation": float(deviation)}
 
     def validation_step(self, batch: Prompts, batch_idx: int) -> None:
         """Score, length and (through the callbacks) divergence on held-out prompts, always with the same draws."""
-        rollout = self.rollout(batch, "validate", batch_idx)
-        self.shape_rewards(rollout)
+        with gathered(self.backbone):
+            rollout = self.rollout(batch, "validate", batch_idx)
+            self.shape_rewards(rollout)
         stage = "test" if self.trainer.testing else "val"
         metrics = {f"{stage}/{k}": v for k, v in self.rollout_metrics(rollout).items()}
-        self.log_dict(metrics, prog_bar=False, batch_size=len(batch))
-        self.log(f"{stage}_score", metrics[f"{stage}/score"], prog_bar=True, logger=False, batch_size=len(batch))
+        rows = int(total(torch.tensor(len(batch), device=self.device)))
+        self.log_dict(metrics, prog_bar=False, batch_size=rows)
+        self.log(f"{stage}_score", metrics[f"{stage}/score"], prog_bar=True, logger=False, batch_size=rows)
 
     test_step = validation_step

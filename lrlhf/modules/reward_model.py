@@ -7,11 +7,11 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 
-from lrlhf.backbone import Backbone
+from lrlhf.distributed import total
 from lrlhf.errors import UserError
 from lrlhf.functional import preference_loss
 from lrlhf.modules.base import AlignmentModule
-from lrlhf.types import Preferences, Sequences
+from lrlhf.types import Preferences
 
 
 class RewardModel(AlignmentModule):
@@ -44,14 +44,15 @@ class RewardModel(AlignmentModule):
         return self.backbone.scores(batch.chosen), self.backbone.scores(batch.rejected)
 
     def pair_loss(self, batch: Preferences) -> Tensor:
-        """Bradley-Terry with the rows' margins; a sum over pairs."""
-        return preference_loss(*self.pair_scores(batch), margin=batch.margin, centering=self.centering).sum()
+        """Bradley-Terry with the rows' margins; a sum over pairs, blank ones left out."""
+        losses = preference_loss(*self.pair_scores(batch), margin=batch.margin, centering=self.centering)
+        return losses[batch.chosen.lengths > 0].sum()
 
     def training_step(self, batch: Preferences, batch_idx: int) -> None:
         """One optimizer step on one batch."""
         with self.backbone.role("reward"), self.backbone.training_pass(dropout=True):
-            pieces = batch.micro_batches(self.micro_batch_size)
-            metrics = self.descend(self.pair_loss(piece) / len(batch) for piece in pieces)
+            pairs = total(torch.tensor(len(batch), device=self.device))
+            metrics = self.descend(self.pair_loss(piece) / pairs for _, piece in self.micro_batches(batch))
         self.log("loss", metrics["loss"], prog_bar=True, logger=False)
         self.end_iteration(metrics)
 
@@ -59,9 +60,11 @@ class RewardModel(AlignmentModule):
     def validation_step(self, batch: Preferences, batch_idx: int) -> None:
         """Loss and accuracy on held-out pairs, beside the accuracy of preferring the longer response."""
         with self.backbone.role("reward"):
-            for piece in batch.micro_batches(self.micro_batch_size):
+            for index, piece in self.micro_batches(batch):
                 chosen, rejected = self.pair_scores(piece)
-                self.val_loss.update(preference_loss(chosen, rejected, margin=piece.margin), weight=len(piece))
+                if not len(index):
+                    continue
+                self.val_loss.update(preference_loss(chosen, rejected, margin=piece.margin))
                 self.val_accuracy.update((chosen > rejected).int(), torch.ones_like(chosen, dtype=torch.int))
                 longer = (piece.chosen.lengths - piece.rejected.lengths).sign()
                 self.longer_accuracy.update(0.5 + 0.5 * longer.float())
@@ -73,7 +76,7 @@ class RewardModel(AlignmentModule):
         name = "test" if self.trainer.testing else "val"
         metrics = {"loss": self.val_loss, "accuracy": self.val_accuracy, "longer_accuracy": self.longer_accuracy}
         self.log_dict({f"{name}/{key}": metric.compute() for key, metric in metrics.items()}, prog_bar=True)
-        self.log(f"{name}/pairs", self.longer_accuracy.weight)
+        self.log(f"{name}/pairs", total(self.longer_accuracy.weight))
 
     def on_validation_epoch_start(self) -> None:
         """Reset here: a metric that was reset in the inference mode of `validate` could not be updated in `fit`."""
@@ -92,13 +95,3 @@ class RewardModel(AlignmentModule):
         names = ("chosen", "rejected", "chosen_score", "rejected_score")
         columns = (*texts, chosen.tolist(), rejected.tolist())
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-@torch.no_grad()
-def score_in_pieces(backbone: Backbone, role: str, batch: Sequences, size: int) -> Tensor:
-    """Scores [B] fp32 of a role, computed in micro-batches of `size` rows."""
-    scores = torch.zeros(len(batch), device=batch.prompt_ids.device)
-    with backbone.role(role):
-        for index, piece in batch.micro_batches(size):
-            scores[index] = backbone.scores(piece)
-    return scores

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lrlhf.distributed import total
 from lrlhf.errors import UserError
 from lrlhf.functional import token_statistics
 from lrlhf.modules.base import AlignmentModule
@@ -35,9 +36,9 @@ class SFT(AlignmentModule):
 
     def training_step(self, batch: Sequences, batch_idx: int) -> None:
         """One optimizer step on one batch."""
-        tokens = batch.response_mask.sum()
+        tokens = total(batch.response_mask.sum())
         with self.backbone.role("sft"), self.backbone.training_pass(dropout=True):
-            pieces = (piece for _, piece in batch.micro_batches(self.micro_batch_size))
+            pieces = (piece for _, piece in self.micro_batches(batch))
             metrics = self.descend(self.negative_log_likelihood(piece) / tokens for piece in pieces)
         self.log("loss", metrics["loss"], prog_bar=True, logger=False)
         self.end_iteration(metrics)
@@ -46,9 +47,9 @@ class SFT(AlignmentModule):
     def validation_step(self, batch: Sequences, batch_idx: int) -> None:
         """Loss per token and perplexity on held-out demonstrations."""
         with self.backbone.role("sft"):
-            for _, piece in batch.micro_batches(self.micro_batch_size):
+            for _, piece in self.micro_batches(batch):
                 tokens = piece.response_mask.sum()
-                self.val_loss.update(self.negative_log_likelihood(piece) / tokens, weight=tokens)
+                self.val_loss.update(self.negative_log_likelihood(piece) / tokens.clamp(min=1), weight=tokens)
 
     test_step = validation_step
 

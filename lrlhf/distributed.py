@@ -1,0 +1,78 @@
+"""Sums and agreements between the processes of a run. Collective: every process calls them equally often.
+
+With one process each returns what it was given.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among them."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over processes of a tensor without gradient, of one shape everywhere."""
+    if world_size() == 1:
+        return values
+    result = values.detach().clone()
+    dist.all_reduce(result)
+    return result
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' numbers."""
+    if world_size() == 1:
+        return number
+    result = torch.tensor(number, device=device())
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return int(result)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether any process says so."""
+    return bool(largest(int(flag)))
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its sum over processes, in one message; a missing gradient counts as 0.
+
+    Losses are divided by counts over all processes, so their gradients add up, they are not averaged.
+    """
+    if world_size() == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.float().flatten() for gradient in gradients])
+    flat = total(torch.cat([flat, torch.tensor([p.grad is not None for p in parameters], device=flat.device)]))
+    pieces = flat[: -len(parameters)].split([p.numel() for p in parameters])
+    for parameter, piece, used in zip(parameters, pieces, flat[-len(parameters) :].tolist(), strict=True):
+        parameter.grad = piece.view_as(parameter).to(parameter.dtype) if used else None
+
+
+def broadcast(parameters: list[torch.nn.Parameter]) -> None:
+    """Give every process the parameters of the first."""
+    if world_size() > 1:
+        for parameter in parameters:
+            dist.broadcast(parameter.data, 0)
+
+
+def gather_objects(item: object) -> list:
+    """One small picklable item of every process, in the order of ranks."""
+    if world_size() == 1:
+        return [item]
+    items: list = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def device() -> torch.device:
+    """Where a tensor must lie to be sent."""
+    nccl = world_size() > 1 and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
