@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lrlhf.callbacks import Checkpoints, PredictionWriter
@@ -102,7 +102,7 @@ class AlignmentCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         strategy = trainer.strategy
         if strategy == "fsdp" or str(getattr(strategy, "class_path", "")).endswith(".FSDPStrategy"):
-            rank_zero_info("trainer.strategy: fsdp is run as fsdp2, which shards the frozen base")
+            rank_zero_only(print)("trainer.strategy: fsdp is run as fsdp2, which shards the frozen base")
             trainer.strategy = "fsdp2"
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -1,15 +1,25 @@
 """Two processes, sharded or not, train what one process trains."""
 
 import csv
+import json
+import os
+import signal
+import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed.tensor import DTensor
 
-from lrlhf.checkpoints import load, newest_checkpoint
-from tests.integration.processes import fit
+from lrlhf import LoRA, PPOPolicy, RolloutCallback, UserError
+from lrlhf.checkpoints import checkpoint_path, load, newest_checkpoint
+from lrlhf.verify_resume import differences
+from tests.integration.processes import fit, start, wait
 from tests.integration.soak_resume import write_configs
+from tests.modules.helpers import ppo
 
 STRATEGIES = ("ddp", "fsdp2", "fsdp2_by_layer")
 
@@ -65,3 +75,153 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("kind", ["SFT", "RewardModel", "PPOPolicy"])
 def test_two_processes_train_what_one_trains(kind, strategy, configs, alone, tmp_path):
     assert_same_run(alone[kind], run(configs[kind], tmp_path / "run", 2, "--trainer.strategy", strategy))
+
+
+def test_a_process_without_a_row_of_the_last_batch_takes_part(configs, tmp_path):
+    """25 rows in batches of 8: the last batch has one row, and so has the last of validation."""
+    options = ("--trainer.limit_train_batches", "4", "--trainer.max_epochs", "1", "--data.init_args.val_limit", "5")
+    alone = run(configs["SFT"], tmp_path / "alone", 1, *options)
+    for strategy in ("ddp", "fsdp2"):
+        assert_same_run(alone, run(configs["SFT"], tmp_path / strategy, 2, "--trainer.strategy", strategy, *options))
+
+
+class OneEndsAtOnce(PPOPolicy):
+    """Every response of the second process ends with its first token, and none of the first process ends."""
+
+    def configure_model(self):
+        super().configure_model()
+        self.stop_ids = torch.arange(300) if self.global_rank else torch.tensor([9999])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_process_whose_responses_are_all_short_does_not_hang_the_other(strategy, configs, tmp_path):
+    name = f"{__name__}.OneEndsAtOnce"
+    folder = run(configs["PPOPolicy"], tmp_path / "run", 2, "--trainer.strategy", strategy, "--model", name)
+    assert {v for (_, key), v in metrics(folder).items() if key == "train/length"} == {3.0}  # the mean of 1 and 5
+
+
+def test_the_word_fsdp_is_run_as_fsdp2_and_says_so(configs, alone, tmp_path):
+    folder = run(configs["SFT"], tmp_path / "run", 2, "--trainer.strategy", "fsdp")
+    assert "fsdp is run as fsdp2" in folder.with_suffix(".log").read_text()
+    assert_same_run(alone["SFT"], folder)
+
+
+def start_and_kill(config: Path, folder: Path, iteration: int, victims: slice, *options: str) -> list[int]:
+    """Two processes, of which some are killed (-9) as soon as an iteration is saved. Exit codes of both."""
+    arguments = ["--config", str(config), "--trainer.default_root_dir", str(folder), "--trainer.devices", "2", *options]
+
+    def work() -> None:
+        from lrlhf.cli import main
+
+        main(["fit", *arguments])
+
+    children = start(work, folder.with_suffix(".log"), 2)
+    end = time.monotonic() + 60
+    while not checkpoint_path(folder, iteration).is_file() and time.monotonic() < end:
+        time.sleep(0.0005)
+    for child in children[victims]:
+        os.kill(child, signal.SIGKILL)
+    return wait(children, 60)
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory):
+    """The configs of the soak as they are: dropout, and callbacks that draw."""
+    return write_configs(tmp_path_factory.mktemp("drawing"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["SFT", "PPOPolicy"])
+def test_a_killed_process_ends_the_other_and_the_run_resumes_bit_for_bit(kind, strategy, drawing, tmp_path):
+    options = ("--trainer.strategy", strategy)
+    whole = run(drawing[kind], tmp_path / "whole", 2, *options)
+    survivor, victim = start_and_kill(drawing[kind], tmp_path / "killed", 3, slice(1, 2), *options)
+    assert victim == -signal.SIGKILL
+    assert survivor not in (0, -signal.SIGKILL), "the survivor must end by itself, with an error"
+    assert 3 <= load(newest_checkpoint(tmp_path / "killed"))["lrlhf"]["iteration"] < 6
+    differing, compared = differences(whole, run(drawing[kind], tmp_path / "killed", 2, *options))
+    assert differing == []
+    assert compared > 500
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, "fsdp2"), ("ddp", 1), ("fsdp2", "ddp"), ("ddp", "fsdp2")])
+def test_a_run_moves_between_one_device_and_two(before, after, configs, alone, tmp_path):
+    def options(where) -> tuple:
+        return () if where == 1 else ("--trainer.strategy", where)
+
+    folder, config = tmp_path / "run", configs["PPOPolicy"]
+    if before == 1:
+        from tests.integration.soak_resume import launch_and_kill_at
+
+        launch_and_kill_at(config, folder, 3)
+    else:
+        start_and_kill(config, folder, 3, slice(0, 2), *options(before))
+    assert load(newest_checkpoint(folder))["lrlhf"]["iteration"] < 6
+    assert_same_run(alone["PPOPolicy"], run(config, folder, 1 if after == 1 else 2, *options(after)))
+
+
+class Bytes(RolloutCallback):
+    """Writes what each process holds of the base, inside a rollout and after an iteration, and its adapters."""
+
+    def on_rollout_end(self, trainer, policy, rollout, rewards):
+        self.gathered = held(policy.backbone)
+
+    def on_train_batch_end(self, trainer, policy, *_):
+        trained = [p.detach().double().sum().item() for p in policy.backbone.trainable()]
+        found = {"rollout": self.gathered, "rest": held(policy.backbone), "trained": trained}
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"bytes-{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+def held(backbone) -> int:
+    """Bytes of the base that lie on this process; a tied weight counts once."""
+    tensors = {id(p): p for name, p in backbone.named_parameters() if "lora_" not in name and "heads." not in name}
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in tensors.values()]
+    return sum(p.numel() * p.element_size() for p in local)
+
+
+def test_a_process_holds_its_part_of_the_base_and_all_that_trains(configs, tmp_path):
+    values = yaml.safe_load(configs["PPOPolicy"].read_text())
+    values["trainer"]["callbacks"].append({"class_path": f"{__name__}.Bytes"})
+    config = tmp_path / "bytes.yaml"
+    config.write_text(yaml.safe_dump(values))
+    found = {}
+    for strategy in STRATEGIES:
+        folder = run(config, tmp_path / strategy, 2, "--trainer.strategy", strategy)
+        found[strategy] = [json.loads((folder / f"bytes-{rank}.json").read_text()) for rank in (0, 1)]
+        assert found[strategy][0]["trained"] == found[strategy][1]["trained"]
+    whole = found["ddp"][0]["rest"]
+    for rank in (0, 1):
+        assert found["fsdp2"][rank]["rest"] <= 0.52 * whole
+        assert found["fsdp2"][rank]["rollout"] == whole
+        assert found["fsdp2_by_layer"][rank]["rollout"] < 0.75 * whole  # embeddings, and half of the layers
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--model.init_args.minibatch_size", "1"), "model.minibatch_size=1 does not divide among 2 processes"),
+        (("--data.init_args.batch_size", "9", "--model.init_args.minibatch_size", "9"), "batch_size=9 does not divide"),
+        (("--model.init_args.lora", "null", "--trainer.strategy", "fsdp2"), "with model.lora: null nothing is frozen"),
+        (("--trainer.gradient_clip_val", "1.0"), "set model.max_grad_norm instead"),
+    ],
+)
+def test_what_two_processes_cannot_do_is_refused_at_once(options, sentence, configs, tmp_path):
+    log = tmp_path / "run.log"
+    arguments = ["--config", str(configs["PPOPolicy"]), "--trainer.default_root_dir", str(tmp_path / "run")]
+    codes = fit([*arguments, "--trainer.strategy", "ddp", *options], log, 2)
+    assert 0 not in codes
+    assert sentence in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+class OnCPU(FSDPStrategy):
+    """Lightning refuses its own class without a GPU, and lets a subclass pass."""
+
+
+def test_lightning_s_own_fsdp_is_refused_in_code(tiny_llama):
+    module = ppo(tiny_llama, lora=LoRA(r=2))
+    module.trainer = L.Trainer(accelerator="cpu", strategy=OnCPU(), logger=False)
+    with pytest.raises(UserError, match="use ddp or fsdp2"):
+        module.configure_callbacks()

@@ -117,7 +117,7 @@ def test_a_forgotten_item_of_state_is_seen(item, configs, whole, killed, tmp_pat
     if isinstance(path, str):
         forget_optimizer(state, path)
     elif item.endswith("s generator") and item[0] in "PN":
-        state["random"][path[1]] = value
+        state["random"][0][path[1]] = value
     else:
         forget(state, *path, value=value)
     SafeCheckpointIO().save_checkpoint(state, file)
