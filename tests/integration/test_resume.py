@@ -96,9 +96,9 @@ MUTATIONS = {
     "the iteration number": ("PPOPolicy", ("lrlhf", "iteration"), 0),
     "the schedule": ("SFT", ("lr_schedulers", 0, "last_epoch"), 0),
     "the rows of the log": ("SFT", ("loggers", 0, "rows"), 0),
-    "torch's generator": ("SFT", ("random", "torch"), torch.Generator().manual_seed(5).get_state()),
-    "Python's generator": ("SFT", ("random", "python"), (3, (*range(1, 625), 624), None)),
-    "NumPy's generator": ("SFT", ("random", "numpy"), ("MT19937", list(range(1, 625)), 624, 0, 0.0)),
+    "torch's generator": ("SFT", ("random", 0, "torch"), torch.Generator().manual_seed(5).get_state()),
+    "Python's generator": ("SFT", ("random", 0, "python"), (3, (*range(1, 625), 624), None)),
+    "NumPy's generator": ("SFT", ("random", 0, "numpy"), ("MT19937", list(range(1, 625)), 624, 0, 0.0)),
     "the loop's batch": ("SFT", ("loops", "fit_loop", "epoch_loop.batch_progress", "current", "completed"), 0),
     "the loop's epoch": ("SFT", ("loops", "fit_loop", "epoch_progress", "current", "processed"), 0),
     "the logger's step": ("SFT", ("loops", "fit_loop", "epoch_loop.state_dict", "_batches_that_stepped"), 0),
@@ -117,7 +117,7 @@ def test_a_forgotten_item_of_state_is_seen(item, configs, whole, killed, tmp_pat
     if isinstance(path, str):
         forget_optimizer(state, path)
     elif item.endswith("s generator") and item[0] in "PN":
-        state["random"][0][path[1]] = value
+        state["random"][0][path[-1]] = value
     else:
         forget(state, *path, value=value)
     SafeCheckpointIO().save_checkpoint(state, file)
