@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,21 @@ def test_the_manifest_s_probe_is_scored_again_to_the_last_bit(trained, tiny_llam
     handover = Handover.read(folder / "reward/handover")
     assert score_probe(module.backbone, "reward", module.tokenizer) == handover.probe_score
     assert handover.stack == ("sft", "reward")
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_validation_counts_every_pair_once_however_the_batch_is_cut(size, tiny_llama, data_files):
+    """Five pairs in pieces of `size`: the mean of -log sigmoid(chosen - rejected), pair by pair."""
+    module, batch = RewardModel(base_model=tiny_llama, micro_batch_size=size, **SMALL), pairs(tiny_llama, data_files, 5)
+    module.configure_model()
+    module.validation_step(batch, 0)
+    with torch.no_grad(), module.backbone.role("reward"):
+        margins = torch.cat([torch.sub(*module.pair_scores(pairs_of(batch, row))) for row in range(5)])
+    assert float(module.val_loss.compute()) == pytest.approx(float(-margins.sigmoid().log().mean()), rel=1e-4)
+
+
+def pairs_of(batch, row):
+    index = torch.tensor([row])
+    return replace(
+        batch, chosen=batch.chosen.rows(index), rejected=batch.rejected.rows(index), margin=batch.margin[index]
+    )
