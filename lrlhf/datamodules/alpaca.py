@@ -116,6 +116,12 @@ class AlpacaDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read, split, render and tokenise the rows that this stage needs."""
         stage = str(getattr(stage, "value", stage))
+        trainer: Any = self.trainer
+        connector = getattr(trainer, "_accelerator_connector", None)
+        if connector is not None and trainer.world_size > 1 and connector.use_distributed_sampler:
+            raise UserError(
+                "give the Trainer use_distributed_sampler=False: rows are shared out here, by global batch."
+            )
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         if stage in ("fit", "validate") and "val" not in self.rows:
             self.rows["val"] = self._view("val", self.val_split)

@@ -19,7 +19,7 @@ from lrlhf.checkpoints import checkpoint_path, load, newest_checkpoint
 from lrlhf.verify_resume import differences
 from tests.integration.processes import fit, start, wait
 from tests.integration.soak_resume import write_configs
-from tests.modules.helpers import ppo
+from tests.modules.helpers import ppo, prompt_data
 
 STRATEGIES = ("ddp", "fsdp2", "fsdp2_by_layer")
 
@@ -225,3 +225,10 @@ def test_lightning_s_own_fsdp_is_refused_in_code(tiny_llama):
     module.trainer = L.Trainer(accelerator="cpu", strategy=OnCPU(), logger=False)
     with pytest.raises(UserError, match="use ddp or fsdp2"):
         module.configure_callbacks()
+
+
+def test_a_trainer_that_would_share_out_the_rows_again_is_refused(tiny_llama, data_files):
+    data = prompt_data(tiny_llama, data_files)
+    data.trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    with pytest.raises(UserError, match="use_distributed_sampler=False"):
+        data.setup("fit")
