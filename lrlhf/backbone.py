@@ -33,6 +33,8 @@ from lrlhf.pretrained import fingerprint_model, load_model
 from lrlhf.types import Sequences
 
 DType = Literal["float32", "bfloat16", "float16"]
+Gather = Literal["rollout", "layer"]
+"""When passes without gradient get the parts of a sharded base (see `lrlhf.fsdp`)."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Backbone(nn.Module):
         self._role: str | None = None
         self.lockstep = False
         """Whether every pass is a message: the base is sharded, and processes must make equally many passes."""
-        self.gather: Literal["rollout", "layer"] = "rollout"
+        self.gather: Gather = "rollout"
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 

@@ -27,6 +27,11 @@ def total(values: Tensor) -> Tensor:
     return result
 
 
+def total_number(number: float) -> float:
+    """The sum of the processes' numbers."""
+    return float(total(torch.tensor(number, dtype=torch.float64, device=device()))) if world_size() > 1 else number
+
+
 def largest(number: int) -> int:
     """The largest of the processes' numbers."""
     if world_size() == 1:

@@ -8,7 +8,6 @@ clipping and optimizers are those of one device.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
@@ -16,9 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lrlhf.backbone import Backbone
-
-Gather = Literal["rollout", "layer"]
+from lrlhf.backbone import Backbone, Gather
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from lrlhf.callbacks.rollout import RolloutCallback, stage
-from lrlhf.distributed import total
+from lrlhf.distributed import total, total_number
 from lrlhf.errors import UserError
 from lrlhf.functional import kl
 from lrlhf.functional.divergence import Divergence
@@ -90,7 +89,7 @@ class DivergenceCallback(RolloutCallback):
         metrics: dict[str, Any] = {
             f"divergence/{name}": masked_mean(value, mask, total) for name, value in values.items()
         }
-        rows = total(torch.tensor(len(rollout), device=mask.device))
+        rows = total_number(len(rollout))
         per_response = float(total(values[_name(self.divergence)].sum()) / rows)
         metrics |= {"coefficient": self.coefficient, "penalty": self.coefficient * per_response}
         policy.log_dict({f"{stage(trainer)}/{k}": float(v) for k, v in metrics.items()}, batch_size=int(rows))

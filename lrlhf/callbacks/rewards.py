@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrlhf.callbacks.rollout import RolloutCallback
-from lrlhf.distributed import total
+from lrlhf.distributed import total, total_number
 from lrlhf.errors import UserError
 from lrlhf.functional import last_true
 from lrlhf.types import Rollout
@@ -73,7 +73,7 @@ class NormalizeScores(RolloutCallback):
         return torch.where(last_true(rollout.response_mask), rewards + (normalized - scores)[:, None], rewards)
 
     def _add(self, scores: Tensor) -> None:
-        count, mean = int(total(torch.tensor(len(scores), device=scores.device))), float(total(scores.sum()))
+        count, mean = int(total_number(len(scores))), float(total(scores.sum()))
         if not math.isfinite(mean):
             return
         mean /= count

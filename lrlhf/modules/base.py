@@ -213,7 +213,7 @@ class AlignmentModule(L.LightningModule):
                 self.manual_backward(loss)
                 total += float(loss.detach())
         distributed.sum_gradients(self.backbone.trainable())
-        total = float(distributed.total(torch.tensor(total, device=self.device)))
+        total = distributed.total_number(total)
         norm = float(torch.nn.utils.clip_grad_norm_(self.backbone.trainable(), self.max_grad_norm))
         for name, number in (("loss", total), ("gradient norm", norm)):
             if not math.isfinite(number):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lrlhf.callbacks.rollout import RolloutCallback
-from lrlhf.distributed import any_process, rank, total, world_size
+from lrlhf.distributed import any_process, rank, total, total_number, world_size
 from lrlhf.errors import UserError
 from lrlhf.fsdp import gathered
 from lrlhf.functional import (
@@ -365,7 +365,7 @@ class PPOPolicy(AlignmentModule):
             self.shape_rewards(rollout)
         stage = "test" if self.trainer.testing else "val"
         metrics = {f"{stage}/{k}": v for k, v in self.rollout_metrics(rollout).items()}
-        rows = int(total(torch.tensor(len(batch), device=self.device)))
+        rows = int(total_number(len(batch)))
         self.log_dict(metrics, prog_bar=False, batch_size=rows)
         self.log(f"{stage}_score", metrics[f"{stage}/score"], prog_bar=True, logger=False, batch_size=rows)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 
-from lrlhf.distributed import total
+from lrlhf.distributed import total, total_number
 from lrlhf.errors import UserError
 from lrlhf.functional import preference_loss
 from lrlhf.modules.base import AlignmentModule
@@ -51,7 +51,7 @@ class RewardModel(AlignmentModule):
     def training_step(self, batch: Preferences, batch_idx: int) -> None:
         """One optimizer step on one batch."""
         with self.backbone.role("reward"), self.backbone.training_pass(dropout=True):
-            pairs = total(torch.tensor(len(batch), device=self.device))
+            pairs = total_number(len(batch))
             metrics = self.descend(self.pair_loss(piece) / pairs for _, piece in self.micro_batches(batch))
         self.log("loss", metrics["loss"], prog_bar=True, logger=False)
         self.end_iteration(metrics)

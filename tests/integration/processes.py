@@ -11,7 +11,7 @@ from pathlib import Path
 
 def fit(arguments: list[str], log: Path, processes: int = 1, *, timeout: float = 120) -> list[int]:
     """Run `lrlhf fit` in so many processes. Exit codes, process by process; negative for a signal."""
-    return wait(start(lambda: _fit([*arguments, "--trainer.devices", str(processes)]), log, processes), timeout)
+    return wait(start(lambda: fit_here([*arguments, "--trainer.devices", str(processes)]), log, processes), timeout)
 
 
 def start(work: Callable[[], None], log: Path, processes: int) -> list[int]:
@@ -50,7 +50,8 @@ def wait(children: list[int], timeout: float) -> list[int]:
     return [codes[child] for child in children]
 
 
-def _fit(arguments: list[str]) -> None:
+def fit_here(arguments: list[str]) -> None:
+    """Run `lrlhf fit` in this process."""
     from lrlhf.cli import main
 
     main(["fit", *arguments])

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from lrlhf import RolloutCallback
 from lrlhf.checkpoints import all_checkpoints, checkpoint_path, newest_checkpoint
 from lrlhf.verify_resume import differences
 from tests.conftest import save_tiny_llama, write_jsonl
+from tests.integration.processes import fit_here, start
 
 ROWS = [f"{a} {b}" for a in ("sun", "rain", "tea", "cat", "road") for b in ("one", "two", "six", "ten", "all")]
 
@@ -132,11 +132,8 @@ def write_configs(folder: Path) -> dict[str, Path]:
 
 def launch(config: Path, run: Path, *, kill_after: float | None = None) -> int:
     """Fit in a fork; kill it so many seconds after its set-up began. Returns the fork's wait status."""
-    sys.stdout.flush()
     launched = time.time()
-    child = os.fork()
-    if child == 0:
-        _child(config, run)
+    child = _start(config, run)
     began = 0.0
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -155,10 +152,7 @@ def _is_newer(path: Path, moment: float) -> bool:
 
 def launch_and_kill_at(config: Path, run: Path, iteration: int, number: int = signal.SIGKILL) -> int:
     """Fit in a fork and send it a signal as soon as an iteration is saved. Returns the fork's wait status."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        _child(config, run)
+    child = _start(config, run)
     sent = False
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -170,23 +164,9 @@ def launch_and_kill_at(config: Path, run: Path, iteration: int, number: int = si
         time.sleep(0.0005)
 
 
-def _child(config: Path, run: Path) -> None:
-    status = 1
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-    try:
-        from lrlhf.cli import main
-
-        main(["fit", "--config", str(config), "--trainer.default_root_dir", str(run)])
-        status = 0
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
+def _start(config: Path, run: Path) -> int:
+    arguments = ["--config", str(config), "--trainer.default_root_dir", str(run)]
+    return start(lambda: fit_here(arguments), run.with_suffix(".log"), 1)[0]
 
 
 def soak(config: Path, folder: Path, kills: int, seed: int) -> dict[str, int]:

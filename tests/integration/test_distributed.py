@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from lrlhf import LoRA, PPOPolicy, RolloutCallback, UserError
 from lrlhf.checkpoints import checkpoint_path, load, newest_checkpoint
 from lrlhf.verify_resume import differences
-from tests.integration.processes import fit, start, wait
+from tests.integration.processes import fit, fit_here, start, wait
 from tests.integration.soak_resume import write_configs
 from tests.modules.helpers import ppo, prompt_data
 
@@ -109,13 +109,7 @@ def test_the_word_fsdp_is_run_as_fsdp2_and_says_so(configs, alone, tmp_path):
 def start_and_kill(config: Path, folder: Path, iteration: int, victims: slice, *options: str) -> list[int]:
     """Two processes, of which some are killed (-9) as soon as an iteration is saved. Exit codes of both."""
     arguments = ["--config", str(config), "--trainer.default_root_dir", str(folder), "--trainer.devices", "2", *options]
-
-    def work() -> None:
-        from lrlhf.cli import main
-
-        main(["fit", *arguments])
-
-    children = start(work, folder.with_suffix(".log"), 2)
+    children = start(lambda: fit_here(arguments), folder.with_suffix(".log"), 2)
     end = time.monotonic() + 60
     while not checkpoint_path(folder, iteration).is_file() and time.monotonic() < end:
         time.sleep(0.0005)
