@@ -25,6 +25,7 @@ _HOMES = {
     "Backbone": "lrlhf.backbone",
     "FSDP2Strategy": "lrlhf.fsdp",
     "LoRA": "lrlhf.backbone",
+    "Quantization": "lrlhf.quantization",
     "Sampling": "lrlhf.generation",
     "UserError": "lrlhf.errors",
 }

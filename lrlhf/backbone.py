@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lrlhf.errors import UserError
 from lrlhf.functional import position_ids
 from lrlhf.pretrained import fingerprint_model, load_model
+from lrlhf.quantization import Quantization
 from lrlhf.types import Sequences
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -89,6 +90,7 @@ class Backbone(nn.Module):
         base_model: a hub id, a folder, a GGUF file, or a short name (see `lrlhf.pretrained`).
         lora: settings for new adapters; None trains full models.
         dtype: of the base. Adapters and heads are fp32 always.
+        quantize: how the linear layers of the base are stored; None as `dtype`.
         gradient_checkpointing: recompute each layer in the backward pass: less memory, a third more time.
     """
 
@@ -98,13 +100,14 @@ class Backbone(nn.Module):
         *,
         lora: LoRA | None = None,
         dtype: DType = "float32",
+        quantize: Quantization | None = None,
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.base_model = base_model
         self.lora = lora
-        self.model: Any = load_model(base_model, getattr(torch, dtype)).requires_grad_(False).eval()
-        self.fingerprint = fingerprint_model(self.model)
+        self.model: Any = load_model(base_model, getattr(torch, dtype), quantize).requires_grad_(False).eval()
+        self.fingerprint = (f"{quantize.kind}-" if quantize else "") + fingerprint_model(self.model)
         self.probe_logits: Tensor | None = self._probe()
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()

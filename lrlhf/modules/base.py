@@ -24,6 +24,7 @@ from lrlhf.functional.randomness import generator
 from lrlhf.generation import Sampling, sample_responses
 from lrlhf.handover import Handover
 from lrlhf.pretrained import fingerprint_tokenizer, load_tokenizer
+from lrlhf.quantization import Quantization, refuse_paged
 from lrlhf.types import Prompts
 
 
@@ -52,6 +53,8 @@ class AlignmentModule(L.LightningModule):
         sft: hand-over folder of an SFT run whose adapter lies below this stage's; None if the base is an SFT model.
         lora: settings of new adapters; null trains full models, for comparison.
         dtype: of the frozen base; what trains is fp32 always.
+        quantize: keep the linear layers of the frozen base in 8 or 4 bits; null keeps them in `dtype`. All stages of a
+            run need the same.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         micro_batch_size: rows of one forward and backward pass, per device. Memory only.
         sampling: how responses are drawn in PPO, `validate` and `predict`.
@@ -72,6 +75,7 @@ class AlignmentModule(L.LightningModule):
         sft: str | None = None,
         lora: LoRA | None = LoRA(),
         dtype: DType = "float32",
+        quantize: Quantization | None = None,
         gradient_checkpointing: bool = False,
         micro_batch_size: int = 16,
         sampling: Sampling = Sampling(),
@@ -84,6 +88,7 @@ class AlignmentModule(L.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False
         self.base_model, self.sft, self.lora, self.dtype_name = base_model, sft, lora, dtype
+        self.quantize = quantize
         self.gradient_checkpointing, self.micro_batch_size = gradient_checkpointing, micro_batch_size
         self.sampling, self.optimizer, self.schedule = sampling, optimizer, schedule
         self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
@@ -91,6 +96,10 @@ class AlignmentModule(L.LightningModule):
             raise UserError(f"model.micro_batch_size={micro_batch_size} must be at least 1.")
         if lora is None and dtype != "float32":
             raise UserError(f"model.dtype={dtype} with lora: null would train in {dtype}; set dtype: float32.")
+        if lora is None and quantize is not None:
+            raise UserError(
+                "model.quantize with lora: null would train a quantised model; set lora, or quantize: null."
+            )
         if max_grad_norm <= 0:
             raise UserError(f"model.max_grad_norm={max_grad_norm} must be positive.")
         self.seed = 0
@@ -118,6 +127,7 @@ class AlignmentModule(L.LightningModule):
             self.base_model,
             lora=self.lora,
             dtype=self.dtype_name,
+            quantize=self.quantize,
             gradient_checkpointing=self.gradient_checkpointing,
         )
         for parent in self.parents.values():
@@ -159,6 +169,11 @@ class AlignmentModule(L.LightningModule):
                 f"trainer.strategy: {type(trainer.strategy).__name__} wraps the whole module, which trains wrongly "
                 "with manual optimization; use ddp or fsdp2."
             )
+        if self.quantize is not None and isinstance(trainer.strategy, FSDP2Strategy):
+            raise UserError(
+                f"FSDP does not shard a base in {self.quantize.kind} here; use ddp, where each device holds it whole "
+                "(7B in 4 bits: 4 GB), or model.quantize: null."
+            )
         if self.lora is None and isinstance(trainer.strategy, FSDP2Strategy):
             raise UserError("FSDP shards the frozen base, and with model.lora: null nothing is frozen; use ddp.")
         return []
@@ -190,6 +205,7 @@ class AlignmentModule(L.LightningModule):
             optimizer = self.optimizer(self.backbone.trainable())
         except (TypeError, ValueError) as error:
             raise UserError(f"model.optimizer: {str(error).rstrip('.')}.") from error
+        refuse_paged(optimizer, self.device)
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise UserError("the run has no end: set trainer.max_epochs.")

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -75,6 +77,40 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("kind", ["SFT", "RewardModel", "PPOPolicy"])
 def test_two_processes_train_what_one_trains(kind, strategy, configs, alone, tmp_path):
     assert_same_run(alone[kind], run(configs[kind], tmp_path / "run", 2, "--trainer.strategy", strategy))
+
+
+def test_two_processes_with_a_base_in_four_bits_train_what_one_trains(configs, tmp_path):
+    options = ("--model.init_args.quantize.kind", "nf4")
+    one = run(configs["PPOPolicy"], tmp_path / "one", 1, *options)
+    assert_same_run(one, run(configs["PPOPolicy"], tmp_path / "two", 2, "--trainer.strategy", "ddp", *options))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_four_processes_train_what_one_trains(strategy, configs, alone, tmp_path):
+    assert_same_run(alone["PPOPolicy"], run(configs["PPOPolicy"], tmp_path / "run", 4, "--trainer.strategy", strategy))
+
+
+def test_torchrun_starts_the_processes(configs, alone, tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lrlhf.cli",
+        "fit", "--config", str(configs["SFT"]), "--trainer.default_root_dir", str(folder),
+        "--trainer.devices", "2", "--trainer.strategy", "fsdp2",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_run(alone["SFT"], folder)
+
+
+def test_lightning_starts_the_processes_itself(configs, alone, tmp_path):
+    folder = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "lrlhf.cli", "fit", "--config", str(configs["SFT"]), "--trainer.default_root_dir",
+        str(folder), "--trainer.devices", "2", "--trainer.strategy", "ddp",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_run(alone["SFT"], folder)
 
 
 def test_a_process_without_a_row_of_the_last_batch_takes_part(configs, tmp_path):
@@ -199,6 +235,8 @@ def test_a_process_holds_its_part_of_the_base_and_all_that_trains(configs, tmp_p
         (("--data.init_args.batch_size", "9", "--model.init_args.minibatch_size", "9"), "batch_size=9 does not divide"),
         (("--model.init_args.lora", "null", "--trainer.strategy", "fsdp2"), "with model.lora: null nothing is frozen"),
         (("--trainer.gradient_clip_val", "1.0"), "set model.max_grad_norm instead"),
+        (("--model.init_args.quantize.kind", "int8", "--trainer.strategy", "fsdp2"), "does not shard a base in int8"),
+        (("--model.init_args.quantize.kind", "nf4", "--trainer.strategy", "fsdp"), "does not shard a base in nf4"),
     ],
 )
 def test_what_two_processes_cannot_do_is_refused_at_once(options, sentence, configs, tmp_path):

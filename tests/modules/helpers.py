@@ -20,15 +20,15 @@ def trainer(folder, **settings) -> L.Trainer:
     )
 
 
-def train_sft(base, files, folder, lr=1e-2, **settings) -> SFT:
-    module = SFT(base_model=base, optimizer=adamw(lr), **SMALL)
+def train_sft(base, files, folder, lr=1e-2, quantize=None, **settings) -> SFT:
+    module = SFT(base_model=base, optimizer=adamw(lr), quantize=quantize, **SMALL)
     data = AlpacaDataModule(train=files["sft"], tokenizer=base, batch_size=8)
     trainer(folder, enable_checkpointing=False, **settings).fit(module, data)
     return module
 
 
-def train_reward(base, files, folder, sft=None, **settings) -> RewardModel:
-    module = RewardModel(base_model=base, sft=sft, optimizer=adamw(1e-2), **SMALL)
+def train_reward(base, files, folder, sft=None, quantize=None, **settings) -> RewardModel:
+    module = RewardModel(base_model=base, sft=sft, optimizer=adamw(1e-2), quantize=quantize, **SMALL)
     data = AlpacaDataModule(train=files["pairs"], tokenizer=base, task="preference", batch_size=8)
     trainer(folder, enable_checkpointing=False, **settings).fit(module, data)
     return module
