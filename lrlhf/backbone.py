@@ -184,6 +184,7 @@ class Backbone(nn.Module):
         stack = list(self.stacks[role]) if role else []
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
+                layer.cast_input_dtype_enabled = False
                 layer.enable_adapters(bool(stack))
                 if stack:
                     layer.set_adapter(stack)
@@ -197,18 +198,24 @@ class Backbone(nn.Module):
         role = str(self._role)
         return self.copies[role] if role in self.copies else self.model
 
+    def _compute_type(self) -> torch.autocast:
+        """Adapters are fp32 and multiply in the base's type, as its layers do."""
+        dtype = self.model.dtype
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
+
     def encode(self, sequences: Sequences) -> Tensor:
         """Hidden states [B, R + 1, H] from the last prompt token to the last response token, in the current role.
 
         [:, :-1] predicts the response tokens and carries the values before them; [:, 1:] lies on the response tokens.
         """
         mask = sequences.mask
-        output = self._current().get_decoder()(
-            input_ids=sequences.ids,
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask),
-            use_cache=False,
-        )
+        with self._compute_type():
+            output = self._current().get_decoder()(
+                input_ids=sequences.ids,
+                attention_mask=mask.long(),
+                position_ids=position_ids(mask),
+                use_cache=False,
+            )
         return output.last_hidden_state[:, sequences.prompt_ids.shape[1] - 1 :]
 
     @property
@@ -218,13 +225,14 @@ class Backbone(nn.Module):
 
     def next_token_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits [B, V] after the last of the new tokens `ids` [B, N]; the cache holds what came before."""
-        output = self._current().get_decoder()(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with self._compute_type():
+            output = self._current().get_decoder()(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
         return self.lm_head(output.last_hidden_state[:, -1])
 
     def values(self, hidden: Tensor) -> Tensor:

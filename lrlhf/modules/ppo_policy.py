@@ -333,6 +333,7 @@ class PPOPolicy(AlignmentModule):
             piece.response_ids,
             piece.response_mask,
             temperature=self.sampling.temperature,
+            entropy_trains=self.entropy_coefficient > 0,
         )
 
     def _values(self, piece: Sequences) -> Tensor:
