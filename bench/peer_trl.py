@@ -12,6 +12,7 @@ import os
 import resource
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ def main():
     start = time.perf_counter()
     trainer.train()
     ends = [start, *clock.ends]
-    seconds = [round(after - before, 2) for before, after in zip(ends, ends[1:])]
+    seconds = [round(after - before, 2) for before, after in pairwise(ends)]
     print(
         json.dumps(
             {

@@ -25,13 +25,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrlhf.errors import UserError
-from lrlhf.functional import position_ids
+from lrlhf.functional import position_ids, shared_prefix
 from lrlhf.pretrained import fingerprint_model, load_model
 from lrlhf.quantization import Quantization
 from lrlhf.types import Sequences
+
+WORTH_SHARING = 64
+"""Tokens that sharing a prefix must save: the extra pass reads all weights, as many tokens' work."""
 
 DType = Literal["float32", "bfloat16", "float16"]
 Gather = Literal["rollout", "layer"]
@@ -118,6 +122,8 @@ class Backbone(nn.Module):
         self.lockstep = False
         """Whether every pass is a message: the base is sharded, and processes must make equally many passes."""
         self.gather: Gather = "rollout"
+        self.shares_prefixes = True
+        """Whether tokens that all prompts of a pass begin with are run once; not over a sharded base."""
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
@@ -208,15 +214,40 @@ class Backbone(nn.Module):
 
         [:, :-1] predicts the response tokens and carries the values before them; [:, 1:] lies on the response tokens.
         """
-        mask = sequences.mask
+        ids, mask, cut, cache = sequences.ids, sequences.mask, 0, None
+        positions = position_ids(mask)
+        prefix = self._worth_sharing(sequences)
         with self._compute_type():
+            if prefix:
+                row = sequences.prompt_mask[0].nonzero()[:prefix, 0]
+                cache = self._prefill(ids[:1, row], len(ids))
+                cut = int((sequences.prompt_mask.sum(0) > 0).int().argmax()) + prefix
+                mask = torch.cat([mask.new_ones(len(mask), prefix), (mask & (positions >= prefix))[:, cut:]], dim=1)
             output = self._current().get_decoder()(
-                input_ids=sequences.ids,
+                input_ids=ids[:, cut:],
                 attention_mask=mask.long(),
-                position_ids=position_ids(mask),
-                use_cache=False,
+                position_ids=positions[:, cut:],
+                past_key_values=cache,
+                use_cache=bool(prefix),
             )
-        return output.last_hidden_state[:, sequences.prompt_ids.shape[1] - 1 :]
+        return output.last_hidden_state[:, sequences.prompt_ids.shape[1] - 1 - cut :]
+
+    def _worth_sharing(self, sequences: Sequences) -> int:
+        """How many first tokens, the same in all prompts, to run once for all rows: 0 if they are few.
+
+        Never with what the cache or the count of passes would not survive: gradient checkpointing, dropout, sharding.
+        """
+        if not self.shares_prefixes or self.training or self.model.is_gradient_checkpointing:
+            return 0
+        prefix = shared_prefix(sequences.prompt_ids, sequences.prompt_mask)
+        return prefix if prefix * (len(sequences) - 1) >= WORTH_SHARING else 0
+
+    def _prefill(self, prefix: Tensor, rows: int) -> DynamicCache:
+        """Keys and values of one row of tokens [1, N], repeated for all rows."""
+        cache = DynamicCache()
+        self._current().get_decoder()(input_ids=prefix, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(rows)
+        return cache
 
     @property
     def lm_head(self) -> nn.Module:

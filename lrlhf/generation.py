@@ -53,7 +53,8 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    logits = logits if sampling.temperature == 1 else logits.float() / sampling.temperature
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     if sampling.top_k or sampling.top_p < 1:
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         beyond = ranked.cumsum(-1) - ranked >= sampling.top_p

@@ -132,7 +132,9 @@ def with_cpu_attention(model: Any) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def forward(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *, scaling: float, **options: Any) -> Any:
+    def forward(
+        module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *, scaling: float, **options: Any
+    ) -> Any:
         ours = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] > 1
         if not ours or options.get("dropout") or options.get("position_bias") is not None:
             return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)

@@ -255,3 +255,97 @@ def test_the_exported_adapter_of_rank_stabilised_lora_is_the_stack_as_well(tiny_
         torch.testing.assert_close(
             backbone.model(input_ids=ids).logits, peft(input_ids=ids).logits, atol=2e-4, rtol=1e-4
         )
+
+
+def with_one_preamble(own: int = 4, shared: int = 30) -> Sequences:
+    """Random rows behind the same 30 tokens, of different lengths."""
+    batch = sequences(rows=4, prompt=own, left=3)
+    preamble = torch.randint(3, 250, (shared,))
+    rows = [torch.cat([preamble, row[keep]]) for row, keep in zip(batch.prompt_ids, batch.prompt_mask, strict=True)]
+    width = 3 + max(map(len, rows))
+    ids, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = row, True
+    return Sequences(ids, mask, batch.response_ids, batch.response_mask)
+
+
+def tokens_through(backbone: Backbone, role: str, batch: Sequences) -> int:
+    """Token places that the first layer sees in one pass."""
+    seen = []
+    hook = backbone.model.get_decoder().layers[0].register_forward_hook(lambda m, a, out: seen.append(out.shape[:2]))
+    encode(backbone, role, batch)
+    hook.remove()
+    return sum(rows * columns for rows, columns in seen)
+
+
+def test_a_preamble_that_all_prompts_share_runs_once(backbone):
+    batch = with_one_preamble()
+    assert tokens_through(backbone, "policy", batch) == 30 + 4 * (4 + 4)
+    backbone.shares_prefixes = False
+    assert tokens_through(backbone, "policy", batch) == 4 * (3 + 30 + 4 + 4)
+
+
+@pytest.mark.parametrize("role", ["reference", "policy", "critic"])
+def test_running_it_once_changes_neither_states_nor_gradients(backbone, role):
+    randomize(backbone, "policy", "critic")
+    batch, found = with_one_preamble(), []
+    keep = torch.cat([batch.prompt_mask[:, -1:], batch.response_mask], dim=1)
+    direction = torch.randn(4, 5, 32) * keep[..., None]
+    for shares in (True, False):
+        backbone.shares_prefixes = shares
+        with backbone.role(role), backbone.training_pass(dropout=False):
+            hidden = backbone.encode(batch)
+            inputs = backbone.trainable(role)[: -2 if role == "critic" else None]
+            gradients = torch.autograd.grad((hidden * direction).sum(), inputs) if inputs else ()
+        found.append((hidden[keep], *gradients))
+    assert role == "reference" or len(found[0]) > 8
+    for mine, plain in zip(*found, strict=True):
+        assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()  # fp32 sums in another order
+
+
+def test_a_preamble_is_not_shared_where_that_would_be_wrong(tiny_llama):
+    batch = with_one_preamble()
+    recomputing = Backbone(tiny_llama, lora=LoRA(r=2), gradient_checkpointing=True)
+    recomputing.add_role("policy", ("policy",), trainable=True)
+    assert recomputing._worth_sharing(batch) == 0
+    plain = Backbone(tiny_llama, lora=LoRA(r=2, dropout=0.5))
+    plain.add_role("policy", ("policy",), trainable=True)
+    with plain.training_pass(dropout=True):
+        assert plain._worth_sharing(batch) == 0
+    assert plain.eval()._worth_sharing(batch) == 30
+    assert plain._worth_sharing(batch.rows(torch.tensor([0]))) == 0
+
+
+def test_in_bf16_on_a_cpu_states_are_as_close_to_fp32_as_with_pytorchs_attention(tiny_llama):
+    batch = sequences(rows=4, prompt=20, response=12)
+    keep = torch.cat([batch.prompt_mask[:, -1:], batch.response_mask], dim=1)
+    states = {}
+    for name, dtype, attention in (
+        ("exact", "float32", None),
+        ("ours", "bfloat16", None),
+        ("sdpa", "bfloat16", "sdpa"),
+    ):
+        made = Backbone(tiny_llama, dtype=dtype)
+        made.add_role("base")
+        assert made.model.config._attn_implementation == "lrlhf"
+        if attention:
+            made.model.set_attn_implementation(attention)
+        states[name] = encode(made, "base", batch)[keep].float()
+    error = {name: (states[name] - states["exact"]).abs().mean() for name in ("ours", "sdpa")}
+    assert 0 < error["ours"] <= 1.2 * error["sdpa"]
+    assert not torch.equal(states["ours"], states["sdpa"])
+
+
+def test_adapters_multiply_in_the_bases_type_and_learn_in_fp32(tiny_llama):
+    made = Backbone(tiny_llama, lora=LoRA(r=2), dtype="bfloat16")
+    made.add_role("policy", ("policy",), trainable=True)
+    randomize(made, "policy")
+    seen = []
+    layer = made.model.get_decoder().layers[0].self_attn.q_proj.lora_A["policy"]
+    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    with made.role("policy"), made.training_pass(dropout=False):
+        made.encode(sequences()).float().square().sum().backward()
+    hook.remove()
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert {p.grad.dtype for p in made.trainable("policy")} == {torch.float32}
+    assert all(p.grad.abs().sum() > 0 for p in made.trainable("policy"))

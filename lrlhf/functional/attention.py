@@ -17,14 +17,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         query: [B, H, T, D].
         key: [B, K, S, D]; K divides H.
         value: [B, K, S, D].
-        mask: bool, broadcastable to [B, 1, T, S]; None is causal. A row that may look at nothing looks at everything.
+        mask: bool, broadcastable to [B, 1, T, S]; None is causal, the last query at the last key. A
+            row that may look at nothing looks at everything.
         scale: 1 / sqrt(D), usually.
 
     Returns:
         [B, H, T, D] in the dtype of `query`.
     """
     if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+        square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = square.tril(key.shape[2] - query.shape[2])[None, None]
     blocked = ~mask[:, :, None]
     packed = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     return _Attention.apply(packed, key, value, blocked, scale).view(query.shape)
@@ -46,7 +48,7 @@ class _Attention(torch.autograd.Function):
         return _weights(query, key, blocked, scale) @ value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, blocked = ctx.saved_tensors
         weights = _weights(query, key, blocked, ctx.scale)
         of_weights = gradient @ value.transpose(-1, -2)

@@ -66,12 +66,12 @@ def token_statistics(
     """
     head_trains = isinstance(head, nn.Module) and any(p.requires_grad for p in head.parameters())
 
-    def statistics(rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def statistics(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled() or not (rows.requires_grad or head_trains):
-            return _statistics(rows, targets, head, temperature)[:2]
+            return _statistics(rows, targets, head, temperature)
         if head_trains:
-            both = checkpoint(_statistics, rows, targets, head, temperature, use_reentrant=False)
-            return both[0], both[1] if entropy_trains else both[1].detach()
+            logprobs, entropy = checkpoint(_statistics, rows, targets, head, temperature, use_reentrant=False)
+            return logprobs, entropy if entropy_trains else entropy.detach()
         return _OnFrozenHead.apply(rows, targets, head, temperature, entropy_trains)
 
     size = chunk or chunk_size(hidden.device)
@@ -81,11 +81,10 @@ def token_statistics(
     return TokenStatistics(*(empty.masked_scatter(mask, torch.cat(column)) for column in zip(*parts, strict=True)))
 
 
-def _statistics(rows: Tensor, targets: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [N] of the targets, entropies [N], and the log-probabilities [N, V] of all tokens."""
+def _statistics(rows: Tensor, targets: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] of the targets, and entropies [N]."""
     logprobs = log_softmax(rows, head, temperature)
-    entropy = -torch.linalg.vecdot(logprobs.exp(), logprobs)
-    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy, logprobs
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), -torch.linalg.vecdot(logprobs.exp(), logprobs)
 
 
 class _OnFrozenHead(torch.autograd.Function):
@@ -120,7 +119,7 @@ class _OnFrozenHead(torch.autograd.Function):
         return everything.gather(-1, targets[:, None]).squeeze(-1), entropy
 
     @staticmethod
-    def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
         by_logprobs, by_entropy = ctx.saved_tensors
         gradient = of_logprobs[:, None] * by_logprobs
         if by_entropy is not None:

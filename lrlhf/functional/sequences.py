@@ -14,6 +14,20 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def shared_prefix(ids: Tensor, mask: Tensor) -> int:
+    """How many first tokens all rows have in common, at least one of each row left over.
+
+    Args:
+        ids: [B, P] int64, left-padded.
+        mask: [B, P] bool.
+    """
+    lengths = mask.sum(-1)
+    columns = (torch.arange(ids.shape[1], device=ids.device) - lengths[:, None]) % max(1, ids.shape[1])
+    aligned = ids.gather(1, columns)
+    same = (aligned == aligned[:1]).all(0).long().cumprod(0).sum()
+    return max(0, min(int(same), int(lengths.min()) - 1)) if ids.numel() else 0
+
+
 def response_mask(tokens: Tensor, stop_ids: Tensor) -> Tensor:
     """True up to and including the first stop token, all true without one; [B, R] int64 to bool [B, R].
 

@@ -47,13 +47,19 @@ def test_statistics_equal_those_of_the_full_logits(case, chunk, temperature):
     np.testing.assert_allclose(statistics.entropy[mask].detach().numpy(), entropy[mask], **ROUNDING)
 
 
+@pytest.mark.parametrize("head_trains", [True, False])
+@pytest.mark.parametrize("entropy_trains", [True, False])
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_gradients_equal_those_of_the_full_logits(case, chunk):
+def test_gradients_equal_those_of_the_full_logits(case, chunk, entropy_trains, head_trains):
     hidden, head, tokens, mask = case
     weights = torch.randn(2, B, R)[:, mask]
-    inputs = hidden.requires_grad_(), head.weight, head.bias
+    head.requires_grad_(head_trains)
+    inputs = hidden.requires_grad_(), *(head.parameters() if head_trains else ())
 
-    statistics = token_statistics(hidden, head, tokens, mask, temperature=0.7, chunk=chunk)
+    options = {"temperature": 0.7, "chunk": chunk, "entropy_trains": entropy_trains}
+    statistics = token_statistics(hidden, head, tokens, mask, **options)
+    assert statistics.entropy.requires_grad == entropy_trains
+    weights[1] *= entropy_trains
     chunked = (weights * torch.stack(statistics)[:, mask]).sum()
 
     distribution = torch.distributions.Categorical(logits=head(hidden[mask]) / 0.7)
@@ -61,6 +67,12 @@ def test_gradients_equal_those_of_the_full_logits(case, chunk):
 
     for got, expected in zip(torch.autograd.grad(chunked, inputs), torch.autograd.grad(full, inputs), strict=True):
         torch.testing.assert_close(got, expected, **ROUNDING)
+
+
+def test_a_frozen_head_under_frozen_states_makes_no_gradient(case):
+    hidden, head, tokens, mask = case
+    statistics = token_statistics(hidden, head.requires_grad_(False), tokens, mask)
+    assert not statistics.logprobs.requires_grad
 
 
 @pytest.mark.parametrize("gradients", [True, False])

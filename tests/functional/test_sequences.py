@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lrlhf.functional import append_end, last_true, position_ids, response_mask
+from lrlhf.functional import append_end, last_true, position_ids, response_mask, shared_prefix
 
 EOS = 2
 T, F = True, False
@@ -58,3 +58,21 @@ def test_the_end_is_appended_to_what_was_cut_off_and_to_nothing_else():
     assert [row[keep].tolist() for row, keep in zip(ended, ended_mask, strict=True)] == [
         [5, 2], [5, 6, 7, 8, 2], [5, 6, 2], [2], [2]
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[1, 2, 3, 4], [1, 2, 3, 5]], 3),
+        ([[1, 2, 3, 4], [1, 2, 9]], 2),
+        ([[1, 2, 3, 4], [1, 2, 3]], 2),
+        ([[1, 2, 3], [4, 2, 3]], 0),
+        ([[7], [7]], 0),
+        ([[1, 2, 3]], 2),
+        ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4]], 3),
+    ],
+)
+def test_shared_prefix_counts_common_first_tokens_and_leaves_each_row_one(rows, expected):
+    width = 2 + max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    assert shared_prefix(ids, ids != 0) == expected

@@ -1,0 +1,136 @@
+"""Time lrlhf beside TRL on this machine: runs alternate, one JSON file comes out, and a table is printed.
+
+python bench/run.py --peer-python .venv-peer/bin/python --out bench/results.json
+
+Leave the machine alone meanwhile. `--only ours` leaves the peer out; `--scaling` adds twice the prompts and tokens.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from lrlhf.datamodules import AlpacaTemplate
+from lrlhf.datamodules.formats import Row
+from lrlhf.pretrained import resolve
+
+HERE = Path(__file__).parent
+BASE = "smollm2-135m-instruct"
+
+
+def prompts_file(folder: Path) -> Path:
+    """96 of the demo's instructions in the Alpaca template."""
+    lines = (HERE.parent / "demo/data/prompts.jsonl").read_text().splitlines()[:96]
+    texts = [json.loads(line)["instruction"] for line in lines]
+    rows = [Row((("user", text),), text, "", (), 0.0, "demo") for text in texts]
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": AlpacaTemplate().render(row, None)}) + "\n" for row in rows))
+    return path
+
+
+def rates(dtype: str) -> dict[str, float]:
+    """GFLOP/s of a layer-sized matrix product, and GB/s of a copy (read and written), the best of five."""
+    x, w = (torch.randn(*shape, dtype=getattr(torch, dtype)) for shape in ((808, 576), (1536, 576)))
+    source = torch.randn(50_000_000)
+    target = torch.empty_like(source)
+
+    def best(call, repeat):
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            seconds.append((time.perf_counter() - start) / repeat)
+        return min(seconds[1:])
+
+    product = best(lambda: torch.nn.functional.linear(x, w), 50)
+    copy = best(lambda: target.copy_(source), 1)
+    return {"gflops": 2 * 808 * 576 * 1536 / product / 1e9, "gb_per_s": 8 * source.numel() / copy / 1e9}
+
+
+def floor(prompts: Path, run: dict, rate: dict[str, float]) -> dict[str, float]:
+    """Seconds that an iteration's matrix products would take at that rate, by phase; a decoded token reads all weights.
+
+    Trunk passes over every token: one to generate; policy, reference, reward model and critic to score; forward and
+    backward of policy and critic in each of two epochs. Passes of the LM head over response tokens: one to generate,
+    two to score, and two (forward, and derivative by the states) in each epoch.
+    """
+    config = AutoConfig.from_pretrained(resolve(BASE))
+    width, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    trunk = config.num_hidden_layers * (2 * width * width + 2 * width * kv + 3 * width * inner)
+    head = width * config.vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(resolve(BASE))
+    rows = prompts.read_text().splitlines()[: run["rollout"]]
+    prompt = sum(len(tokenizer(json.loads(row)["prompt"])["input_ids"]) for row in rows)
+    response = run["rollout"] * run["response"]
+
+    def seconds(trunk_tokens: int, head_tokens: int) -> float:
+        return 2 * (trunk * trunk_tokens + head * head_tokens) / rate["gflops"] / 1e9
+
+    reading = run["response"] * (trunk + head) * (2 if run["dtype"] == "bfloat16" else 4) / rate["gb_per_s"] / 1e9
+    return {
+        "generate": seconds(prompt, 0) + max(seconds(response, response), reading),
+        "score": seconds(4 * (prompt + response), 2 * response),
+        "update": seconds(8 * (prompt + response), 4 * response),
+    }
+
+
+def call(python: str, script: str, *arguments: str) -> dict:
+    print("running", script, *arguments, flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(
+        [python, str(HERE / script), *arguments], env=environment, text=True, stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peer-python", default=".venv-peer/bin/python")
+    parser.add_argument("--prompts", type=Path, help='{"prompt": text} lines; default: the demo\'s instructions')
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--rounds", type=int, default=2, help="how often the two alternate")
+    parser.add_argument("--iterations", type=int, default=2)
+    parser.add_argument("--only", choices=["ours"], help="leave the peer out")
+    parser.add_argument("--scaling", action="store_true", help="also twice the prompts and twice the tokens, bf16")
+    parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    options = parser.parse_args()
+    prompts = options.prompts or prompts_file(Path(tempfile.mkdtemp()))
+    work = ["--prompts", str(prompts), "--iterations", str(options.iterations)]
+    report = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "runs": []}
+    for dtype in options.dtypes:
+        for _ in range(options.rounds):
+            rate = rates(dtype)
+            ours = call(sys.executable, "engine.py", *work, "--dtype", dtype)
+            bound = floor(prompts, ours, rate)
+            ours["rates"] = rate
+            ours["floor"] = bound
+            ours["share_of_floor"] = {k: round(v / mean(ours["phases"][k]), 2) for k, v in bound.items()}
+            report["runs"].append(ours)
+            if not options.only:
+                peer = call(options.peer_python, "peer_trl.py", *work, "--dtype", dtype, "--model", resolve(BASE))
+                report["runs"].append(peer)
+            options.out.write_text(json.dumps(report, indent=1))
+    if options.scaling:
+        for extra in ([], ["--rollout", "64"], ["--response", "128"]):
+            report["runs"].append(call(sys.executable, "engine.py", *work, "--dtype", "bfloat16", *extra))
+            options.out.write_text(json.dumps(report, indent=1))
+    for run in report["runs"]:
+        print(
+            f"{run['engine']:20} {run['dtype']:9} {run['rollout']:3} x {run['response']:3}  "
+            f"{mean(run['s_per_iteration']):6.1f} s/iteration {run['s_per_iteration']}  {run['peak_rss_mib']:5} MiB  "
+            f"{run.get('share_of_floor', '')}"
+        )
+
+
+if __name__ == "__main__":
+    main()
