@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all check lock clean
+.PHONY: demo test test-all check bench lock clean
 
 demo: $(READY)  ## SFT, reward model and PPO on a laptop CPU, then a report
 	$(RUN)/lrlhf align --config configs/demo/align.yaml
@@ -16,6 +16,15 @@ test-all: $(READY)  ## with the minutes-long checks
 
 check: $(READY)  ## style and types
 	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy
+
+bench: $(READY) .venv-peer/.ready  ## our engine beside TRL's, alternating; half an hour on an idle machine
+	$(RUN)/python bench/run.py --scaling
+
+.venv-peer/.ready:
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/pip install -q -c constraints.txt torch
+	.venv-peer/bin/pip install -q torch==2.13.0 "trl==1.12.0" "transformers>=5,<6" peft accelerate
+	touch $@
 
 lock: $(READY)  ## hashes for installs straight from the package index
 	$(RUN)/pip install -q uv && $(RUN)/uv pip compile pyproject.toml --extra demo -c constraints.txt \
@@ -30,4 +39,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-peer runs

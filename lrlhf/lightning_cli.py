@@ -1,6 +1,5 @@
 """LightningCLI with two links, one run folder, and one sentence for a config that cannot be used."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +17,7 @@ from lrlhf.errors import UserError
 from lrlhf.messages import one_sentence
 from lrlhf.metrics_file import MetricsFile
 from lrlhf.run_folder import clear, refuse_other_run
-from lrlhf.settings import read_yaml
+from lrlhf.settings import check_configs
 
 
 class Parser(LightningArgumentParser):
@@ -90,9 +89,7 @@ class AlignmentCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """From a list of arguments, also when the process has others of its own."""
-        for option, value in pairwise(args or []):
-            if option in ("--config", "-c") and Path(value).is_file():
-                read_yaml(Path(value), "keys such as trainer, model and data")
+        check_configs(args if isinstance(args, list) else [])
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
         if (path := self.config.get(f"{self.command}.ckpt_path")) and path not in ("best", "last", "hpc"):
             load(Path(path))

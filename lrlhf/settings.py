@@ -1,12 +1,19 @@
 """What a user wrote in a config file: its keys, and the names that it imports."""
 
+from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lrlhf.errors import UserError
+
+RUN_KEYS = ("trainer", "model", "data", "seed_everything", "ckpt_path", "fresh")
+"""Top-level keys that a stage's config is written with."""
+LIGHTNING_KEYS = ("optimizer", "lr_scheduler", "weights_only", "verbose", "return_predictions")
+"""Others that Lightning knows, and writes into a run's config.yaml."""
 
 
 def read_yaml(path: Path, expected: str) -> dict[str, Any]:
@@ -26,6 +33,23 @@ def read_yaml(path: Path, expected: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected {expected}, got {type(values).__name__}.")
     return values
+
+
+def check_configs(arguments: Sequence[str]) -> None:
+    """What can be said of the files after --config before anything slow is imported.
+
+    Raises:
+        UserError: a file that is missing, is no YAML, or has a key that no run has.
+    """
+    for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)]):
+        path = Path(value)
+        if option in ("--config", "-c") and (path.is_file() or path.suffix in (".yaml", ".yml")):
+            keys = read_yaml(path, "keys such as trainer, model and data")
+            unknown = sorted(str(key) for key in keys if key not in RUN_KEYS + LIGHTNING_KEYS)
+            if unknown:
+                raise UserError(
+                    f"{path}: config key {unknown[0]}: there is no such key; there are {', '.join(RUN_KEYS)}."
+                )
 
 
 def import_function(path: str) -> Any:

@@ -700,3 +700,23 @@ def test_what_is_broken_here_works_when_it_is_not(lab, capsys):
     main(lab.ppo())
     assert (lab.folder / "run" / "handover" / "manifest.json").is_file()
     assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["there is no config file", "config.yaml"]),
+        ("trainer: [", ["config.yaml", "not valid YAML", "line 1"]),
+        ("traner: {}", ["config.yaml", "config key traner", "there is no such key"]),
+    ],
+)
+def test_a_bad_config_file_is_refused_before_anything_slow_is_imported(tmp_path, text, words):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    program = f"import sys; sys.argv = ['lrlhf', 'fit', '--config', {str(path)!r}]; from lrlhf.cli import main\n"
+    program += "try: main()\nfinally: print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    assert run.stdout.split() == ["False"]
+    assert all(word in run.stderr for word in words), run.stderr
