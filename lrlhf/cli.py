@@ -1,4 +1,4 @@
-"""The command line: lrlhf fit | validate | test | predict | align | report | verify-resume."""
+"""The command line: lrlhf fit | validate | test | predict | align | report | plan | verify-resume."""
 
 import ctypes
 import logging
@@ -14,6 +14,7 @@ USAGE = """usage: lrlhf COMMAND [options]
   test       the same on data.test
   predict    write responses in AlpacaEval format, or the scores of a reward model
   align      SFT, reward model and PPO, one after the other: lrlhf align --config configs/demo/align.yaml
+  plan      the memory that a run needs, before it runs: lrlhf plan --config configs/demo/ppo.yaml
   verify-resume   prove on your config that a killed run ends like an uninterrupted one
   report     tables, plots and an HTML page of an align run: lrlhf report runs/demo
 
@@ -40,6 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from lrlhf.report import main as report
 
             report(rest)
+        elif command == "plan":
+            from lrlhf.settings import check_configs
+
+            check_configs(rest)
+            from lrlhf.planning.command import main as plan
+
+            plan(rest)
         elif command == "verify-resume":
             from lrlhf.verify_resume import main as verify_resume
 

@@ -179,7 +179,7 @@ def parse_config(path: Path) -> tuple[dict[str, Any], L.LightningModule, L.Light
     return values, built.model, built.data
 
 
-def run_stage(arguments: list[str]) -> Any:
+def run_stage(arguments: list[str], cli: type[AlignmentCLI] = AlignmentCLI) -> Any:
     """One LightningCLI command; returns the CLI, whose `trainer` and `model` have run, or None if nothing was left.
 
     Raises:
@@ -187,7 +187,7 @@ def run_stage(arguments: list[str]) -> Any:
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        return AlignmentCLI(
+        return cli(
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,

@@ -1,0 +1,99 @@
+"""One real iteration, and what the allocator says it took: the plan's counterpart."""
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+
+from lrlhf.callbacks import DivergenceCallback
+from lrlhf.errors import UserError
+from lrlhf.planning.job import Job
+from lrlhf.planning.rehearsal import build, prompts, sequences
+from lrlhf.types import Preferences
+
+
+def small(job: Job) -> Job:
+    """The same job on one device with two micro-batches an iteration.
+
+    Raises:
+        UserError: a job for several devices.
+    """
+    if job.devices > 1 or job.layout != "one base":
+        raise UserError("plan: --measure runs on one device; add --trainer.devices 1 --trainer.strategy auto.")
+    rows = 2 * min(job["micro_batch_size"], job.minibatch_rows)
+    job = replace(job, batch_size=rows)
+    return job.change("minibatch_size", rows) if "minibatch_size" in job.model["init_args"] else job
+
+
+def measure(job: Job) -> dict[str, int]:
+    """Bytes at the peak of each phase, of one iteration on this machine."""
+    device = torch.device("cpu" if job.on_cpu else "cuda")
+    module: Any = build(job, device)
+    module.tokenizer = None
+    module.stop_ids = torch.tensor([module.backbone.model.config.vocab_size - 1])
+    module.identity = dict
+    spans: dict[str, list[tuple[int, int]]] = {}
+    if module.task == "prompts":
+        _timed(module, "sample", "rollout", spans)
+        _timed(module, "rollout", "score", spans)
+        _timed(module, "optimize", "update", spans)
+    else:
+        _timed(module, "training_step", "update", spans)
+    batch: Any = prompts(job.rows, job) if module.task == "prompts" else sequences(job.rows, job)
+    if module.task == "preference":
+        batch = Preferences(batch, batch, torch.zeros(job.rows))
+    trainer = L.Trainer(
+        accelerator="cpu" if job.on_cpu else "gpu",
+        devices=1,
+        max_epochs=1,
+        fast_dev_run=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[DivergenceCallback()] if module.task == "prompts" else [],
+    )
+    loader = DataLoader([batch], batch_size=None)
+    static = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _weights(module)}.values())
+    if not job.on_cpu:
+        raise UserError("plan: --measure runs on a CPU only for now.")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainer.fit(module, loader)
+    return _peaks(profiled, spans, static)
+
+
+def _weights(module: Any) -> list[torch.Tensor]:
+    return [*module.backbone.parameters(), *module.backbone.buffers()]
+
+
+def _timed(module: Any, method: str, phase: str, spans: dict[str, list[tuple[int, int]]]) -> None:
+    run: Callable[..., Any] = getattr(module, method)
+
+    @contextmanager
+    def clock() -> Any:
+        start = time.time_ns()
+        yield
+        spans.setdefault(phase, []).append((start, time.time_ns()))
+
+    def timed(*arguments: Any) -> Any:
+        with clock():
+            return run(*arguments)
+
+    setattr(module, method, timed)
+
+
+def _peaks(profiled: Any, spans: dict[str, list[tuple[int, int]]], static: int) -> dict[str, int]:
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now, peaks = static, dict.fromkeys(spans, 0)
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        inside = [p for p, found in spans.items() if any(a <= event.start_ns() <= b for a, b in found)]
+        if "rollout" in inside and "score" in inside:
+            inside.remove("score")
+        for phase in inside:
+            peaks[phase] = max(peaks[phase], now)
+    return peaks
