@@ -1,5 +1,6 @@
 """`lrlhf plan`: from a config and the model's own config.json to a table of bytes, in seconds."""
 
+import os
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ from lrlhf.planning.job import Job
 from lrlhf.planning.measure import measure, small
 from lrlhf.planning.plan import FRAGMENTATION, GIB, RUNTIME, Plan, largest, remedies
 
-USAGE = """usage: lrlhf plan --config FILE [--config FILE ...] [--gpu-memory 24GB] [--four-models] [--measure] [fit options]
+USAGE = """usage: lrlhf plan --config FILE [--gpu-memory 24GB] [--four-models] [--measure] [fit options]
 
   --gpu-memory SIZE   say whether the run fits a device of this size, and with which micro-batches (GB is 2^30 bytes)
   --four-models       the paper's layout: policy, reference, reward model and critic each with a base of its own, all
@@ -133,8 +134,6 @@ def _memory_here(job: Job) -> int | None:
     """Of this machine's device, if the job is for it."""
     if not job.on_cpu:
         return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

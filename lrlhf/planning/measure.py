@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lrlhf.callbacks import DivergenceCallback
 from lrlhf.errors import UserError
 from lrlhf.planning.job import Job
-from lrlhf.planning.rehearsal import build, prompts, sequences
+from lrlhf.planning.rehearsal import Phase, build, prompts, sequences
 from lrlhf.types import Preferences
 
 
@@ -24,6 +24,8 @@ def small(job: Job) -> Job:
     Raises:
         UserError: a job for several devices.
     """
+    if not job.on_cpu:
+        raise UserError("plan: --measure runs on a CPU so far; add --trainer.accelerator cpu.")
     if job.devices > 1 or job.layout != "one base":
         raise UserError("plan: --measure runs on one device; add --trainer.devices 1 --trainer.strategy auto.")
     rows = 2 * min(job["micro_batch_size"], job.minibatch_rows)
@@ -31,14 +33,13 @@ def small(job: Job) -> Job:
     return job.change("minibatch_size", rows) if "minibatch_size" in job.model["init_args"] else job
 
 
-def measure(job: Job) -> dict[str, int]:
+def measure(job: Job) -> dict[Phase, int]:
     """Bytes at the peak of each phase, of one iteration on this machine."""
-    device = torch.device("cpu" if job.on_cpu else "cuda")
-    module: Any = build(job, device)
+    module: Any = build(job, torch.device("cpu"))
     module.tokenizer = None
     module.stop_ids = torch.tensor([module.backbone.model.config.vocab_size - 1])
     module.identity = dict
-    spans: dict[str, list[tuple[int, int]]] = {}
+    spans: dict[Phase, list[tuple[int, int]]] = {}
     if module.task == "prompts":
         _timed(module, "sample", "rollout", spans)
         _timed(module, "rollout", "score", spans)
@@ -49,7 +50,7 @@ def measure(job: Job) -> dict[str, int]:
     if module.task == "preference":
         batch = Preferences(batch, batch, torch.zeros(job.rows))
     trainer = L.Trainer(
-        accelerator="cpu" if job.on_cpu else "gpu",
+        accelerator="cpu",
         devices=1,
         max_epochs=1,
         fast_dev_run=1,
@@ -57,10 +58,8 @@ def measure(job: Job) -> dict[str, int]:
         enable_model_summary=False,
         callbacks=[DivergenceCallback()] if module.task == "prompts" else [],
     )
-    loader = DataLoader([batch], batch_size=None)
+    loader: Any = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
     static = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _weights(module)}.values())
-    if not job.on_cpu:
-        raise UserError("plan: --measure runs on a CPU only for now.")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         trainer.fit(module, loader)
     return _peaks(profiled, spans, static)
@@ -70,7 +69,7 @@ def _weights(module: Any) -> list[torch.Tensor]:
     return [*module.backbone.parameters(), *module.backbone.buffers()]
 
 
-def _timed(module: Any, method: str, phase: str, spans: dict[str, list[tuple[int, int]]]) -> None:
+def _timed(module: Any, method: str, phase: Phase, spans: dict[Phase, list[tuple[int, int]]]) -> None:
     run: Callable[..., Any] = getattr(module, method)
 
     @contextmanager
@@ -86,7 +85,7 @@ def _timed(module: Any, method: str, phase: str, spans: dict[str, list[tuple[int
     setattr(module, method, timed)
 
 
-def _peaks(profiled: Any, spans: dict[str, list[tuple[int, int]]], static: int) -> dict[str, int]:
+def _peaks(profiled: Any, spans: dict[Phase, list[tuple[int, int]]], static: int) -> dict[Phase, int]:
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     now, peaks = static, dict.fromkeys(spans, 0)
     for event in sorted(events, key=lambda event: event.start_ns()):

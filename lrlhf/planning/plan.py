@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lrlhf.planning.job import Job
-from lrlhf.planning.rehearsal import Base, Bytes, rehearse
+from lrlhf.planning.rehearsal import Base, Bytes, Phase, rehearse
 
 GIB = 2**30
 RUNTIME = {True: int(0.6 * GIB), False: int(0.8 * GIB)}
@@ -37,7 +37,7 @@ class Plan:
         phases, base = self._rehearsal
         return {phase: self._on_device(phase, dict(kinds), base) for phase, kinds in phases.items()}
 
-    def _on_device(self, phase: str, kinds: dict[str, int], base: Base) -> dict[str, int]:
+    def _on_device(self, phase: Phase, kinds: dict[str, int], base: Base) -> dict[str, int]:
         """Quantise, copy and shard what was rehearsed whole."""
         job = self.job
         if quantize := job["quantize"]:
@@ -61,16 +61,16 @@ class Plan:
             kinds["gathered base"] = gathered
         return {kind: size for kind, size in kinds.items() if size}
 
-    def counted(self, phase: str) -> int:
+    def counted(self, phase: Phase) -> int:
         """Bytes of all tensors at the peak of a phase."""
         return sum(self.phases[phase].values())
 
-    def needed(self, phase: str) -> int:
+    def needed(self, phase: Phase) -> int:
         """The same with the allowances."""
         return int(self.counted(phase) * (1 + FRAGMENTATION)) + RUNTIME[self.job.on_cpu]
 
     @property
-    def peak(self) -> str:
+    def peak(self) -> Phase:
         """The phase that needs most."""
         return max(self.phases, key=self.counted)
 
@@ -80,7 +80,7 @@ class Plan:
 
 
 def quantised(rows: int, columns: int, quantize: dict) -> int:
-    """Bytes of one weight in bitsandbytes' int8 (a scale a row) or 4 bits (a scale a block, perhaps quantised again)."""
+    """Bytes of one weight in bitsandbytes' int8 (a scale a row) or 4 bits (a scale a block, quantised or not)."""
     weights = rows * columns
     if quantize["kind"] == "int8":
         return weights + 4 * rows
@@ -89,7 +89,7 @@ def quantised(rows: int, columns: int, quantize: dict) -> int:
     return -(-weights // 2) + scales + 4 * 16
 
 
-def largest(plan: Plan, key: str, phases: tuple[str, ...], memory: int) -> int:
+def largest(plan: Plan, key: str, phases: tuple[Phase, ...], memory: int) -> int:
     """The largest value of a row count at which these phases fit; 0 if none does.
 
     Bytes grow by the same amount with every row, so two rehearsals tell; a third checks what they told.

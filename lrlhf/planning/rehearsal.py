@@ -30,7 +30,7 @@ from lrlhf.pretrained import with_cpu_attention
 from lrlhf.types import Experience, Preferences, Prompts, Rollout, Sequences
 
 Phase = Literal["load", "rollout", "score", "update", "checkpoint"]
-Bytes = dict[str, dict[str, int]]
+Bytes = dict[Phase, dict[str, int]]
 """Phase to kind to bytes, at the phase's peak."""
 
 
@@ -42,7 +42,7 @@ class Base:
     largest_layer: int
     root: int
     """What lies outside the layers: embeddings, last norm, LM head."""
-    linear_weights: tuple[tuple[int, int], ...]
+    linear_weights: tuple[tuple[int, ...], ...]
     """Shapes of the weights that quantisation touches."""
 
     @classmethod
@@ -85,7 +85,7 @@ def build(job: Job, device: torch.device) -> AlignmentModule:
     values |= dict.fromkeys(folders)
     if folders.get("reward_model"):
         values["reward_function"] = f"{__name__}.no_reward"
-    module = instantiate(settings)
+    module: Any = instantiate(settings)
     for name, folder in folders.items():
         setattr(module, name, folder)
     if folders.get("reward_model"):
@@ -262,7 +262,7 @@ def _rollout(module: AlignmentModule, job: Job, ledger: Ledger) -> dict[str, int
     return max(first, last, key=lambda kinds: kinds.total())
 
 
-def _cache_bytes(cache: DynamicCache) -> int:
+def _cache_bytes(cache: Any) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
