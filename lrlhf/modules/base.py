@@ -222,7 +222,6 @@ class AlignmentModule(L.LightningModule):
             UserError: a loss or the gradient is not finite; the weights are still those before the step.
         """
         optimizer = self.optimizers()
-        optimizer.zero_grad()  # type: ignore[union-attr]
         total = 0.0
         with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
             for loss in losses:
@@ -237,6 +236,7 @@ class AlignmentModule(L.LightningModule):
                 break
         else:
             optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
         return {"loss": total, "grad_norm": norm}
 
     def refuse_nonfinite(self, what: str, remedy: str) -> None:
