@@ -100,10 +100,6 @@ CONFIGS = [
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(llama, settings):
     little = small(job(llama, **settings))
     plan, measured = Plan(little), measure(little)
-    print(
-        settings,
-        {p: f"{plan.counted(p) / 2**20:.1f} planned, {m / 2**20:.1f} MiB measured" for p, m in measured.items()},
-    )
     assert plan.counted(plan.peak) == pytest.approx(max(measured.values()), rel=0.1)
     for phase, size in measured.items():
         assert plan.counted(phase) == pytest.approx(size, rel=0.1)
@@ -118,10 +114,6 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(llama, settings):
 def test_so_is_that_of_the_embedded_model(settings):
     little = small(job("smollm2-135m-instruct", **{"micro_batch_size": 4, **settings}))
     plan, measured = Plan(little), measure(little)
-    print(
-        settings,
-        {p: f"{plan.counted(p) / 2**20:.1f} planned, {m / 2**20:.1f} MiB measured" for p, m in measured.items()},
-    )
     assert plan.counted(plan.peak) == pytest.approx(max(measured.values()), rel=0.1)
     for phase, size in measured.items():
         assert plan.counted(phase) == pytest.approx(size, rel=0.1)
