@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lrlhf.backbone import Backbone, LoRA
 from lrlhf.functional import token_statistics
+from lrlhf.functional.linear import AVAILABLE
 from lrlhf.types import Sequences
 
 
@@ -349,3 +350,13 @@ def test_adapters_multiply_in_the_bases_type_and_learn_in_fp32(tiny_llama):
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
     assert {p.grad.dtype for p in made.trainable("policy")} == {torch.float32}
     assert all(p.grad.abs().sum() > 0 for p in made.trainable("policy"))
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="this processor gains nothing by it")
+def test_every_product_of_an_fp32_base_is_ours(backbone):
+    with torch.profiler.profile() as record, backbone.role("policy"), torch.no_grad():
+        backbone.lm_head(backbone.encode(sequences(left=3)))
+    counts = {event.key: event.count for event in record.key_averages()}
+    layers = [m for m in backbone.model.modules() if isinstance(m, torch.nn.Linear) and m.weight.shape[0] > 2]
+    adapters = [m for name, m in backbone.model.named_modules() if "lora_" in name and isinstance(m, torch.nn.Linear)]
+    assert counts["mkldnn::_linear_pointwise"] == len([m for m in layers if m not in adapters])

@@ -26,7 +26,7 @@ from lrlhf.metrics import Means
 from lrlhf.modules.base import AlignmentModule
 from lrlhf.planning.job import Job
 from lrlhf.planning.ledger import Ledger
-from lrlhf.pretrained import with_cpu_attention
+from lrlhf.pretrained import with_cpu_kernels
 from lrlhf.types import Experience, Preferences, Prompts, Rollout, Sequences
 
 Phase = Literal["load", "rollout", "score", "update", "checkpoint"]
@@ -149,7 +149,7 @@ def rehearse(job: Job) -> tuple[Bytes, "Base"]:
     """
     module = build(job, torch.device("meta"))
     if job.on_cpu:
-        with_cpu_attention(module.backbone.model)
+        with_cpu_kernels(module.backbone.model)
     ledger = Ledger(vocabulary=module.backbone.model.config.vocab_size)
     with _as_on(job), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         _make_fake(module.backbone)

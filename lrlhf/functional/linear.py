@@ -1,0 +1,49 @@
+"""fp32 matrix products for CPUs with AVX-512, by oneDNN: PyTorch's own library runs half as fast on AMD processors."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether this processor gains by it; elsewhere PyTorch's products are used."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, equal to `torch.nn.functional.linear` up to the order of sums.
+
+    Args:
+        x: [..., I].
+        weight: [O, I].
+        bias: [O].
+
+    Returns:
+        [..., O] in the dtype of `x`.
+    """
+    ours = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    if not ours or torch.is_autocast_enabled("cpu"):
+        return torch.nn.functional.linear(x, weight, bias)
+    product = _Linear.apply(x, weight)
+    return product if bias is None else product + bias
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return _product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = _product(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
+        return of_x, of_weight
