@@ -1,14 +1,12 @@
 """What the allocator says of two real iterations, the second with the optimizer's state: the plan's counterpart."""
 
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 
 from lrlhf.callbacks import DivergenceCallback
@@ -16,6 +14,10 @@ from lrlhf.errors import UserError
 from lrlhf.planning.job import Job
 from lrlhf.planning.rehearsal import Phase, build, prompts, sequences
 from lrlhf.types import Preferences
+
+
+MARK = "lrlhf: "
+"""Before the name of a phase in the profiler's record."""
 
 
 def small(job: Job) -> Job:
@@ -39,13 +41,12 @@ def measure(job: Job) -> dict[Phase, int]:
     module.tokenizer = None
     module.stop_ids = torch.tensor([module.backbone.model.config.vocab_size - 1])
     module.on_train_end = lambda: None
-    spans: dict[Phase, list[tuple[int, int]]] = {}
     if module.task == "prompts":
-        _timed(module, "sample", "rollout", spans)
-        _timed(module, "rollout", "score", spans)
-        _timed(module, "optimize", "update", spans)
+        _marked(module, "sample", "rollout")
+        _marked(module, "rollout", "score")
+        _marked(module, "optimize", "update")
     else:
-        _timed(module, "training_step", "update", spans)
+        _marked(module, "training_step", "update")
     batch: Any = prompts(job.rows, job) if module.task == "prompts" else sequences(job.rows, job)
     if module.task == "preference":
         batch = Preferences(batch, batch, torch.zeros(job.rows))
@@ -65,33 +66,35 @@ def measure(job: Job) -> dict[Phase, int]:
     static = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _weights(module)}.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         trainer.fit(module, loader)
-    return _peaks(profiled, spans, static)
+    return _peaks(profiled, static)
 
 
 def _weights(module: Any) -> list[torch.Tensor]:
     return [*module.backbone.parameters(), *module.backbone.buffers()]
 
 
-def _timed(module: Any, method: str, phase: Phase, spans: dict[Phase, list[tuple[int, int]]]) -> None:
+def _marked(module: Any, method: str, phase: Phase) -> None:
+    """Name the method's calls in the profiler's record: memory and spans are then told by one clock."""
     run: Callable[..., Any] = getattr(module, method)
 
-    @contextmanager
-    def clock() -> Any:
-        start = time.time_ns()
-        yield
-        spans.setdefault(phase, []).append((start, time.time_ns()))
-
-    def timed(*arguments: Any) -> Any:
-        with clock():
+    def marked(*arguments: Any) -> Any:
+        with record_function(MARK + phase):
             return run(*arguments)
 
-    setattr(module, method, timed)
+    setattr(module, method, marked)
 
 
-def _peaks(profiled: Any, spans: dict[Phase, list[tuple[int, int]]], static: int) -> dict[Phase, int]:
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+def _peaks(profiled: Any, static: int) -> dict[Phase, int]:
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    spans: dict[Any, list[tuple[int, int]]] = {}
+    for event in events:
+        if event.name().startswith(MARK):
+            span = (event.start_ns(), event.start_ns() + event.duration_ns())
+            spans.setdefault(event.name().removeprefix(MARK), []).append(span)
     now, peaks = static, dict.fromkeys(spans, 0)
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in events:
+        if event.name() != "[memory]":
+            continue
         now += event.nbytes()
         inside = [p for p, found in spans.items() if any(a <= event.start_ns() <= b for a, b in found)]
         if "rollout" in inside and "score" in inside:
