@@ -15,7 +15,6 @@ from lrlhf.planning.job import Job
 from lrlhf.planning.rehearsal import Phase, build, prompts, sequences
 from lrlhf.types import Preferences
 
-
 MARK = "lrlhf: "
 """Before the name of a phase in the profiler's record."""
 
