@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,12 +31,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrlhf.errors import UserError
 from lrlhf.functional import position_ids, shared_prefix
+from lrlhf.functional.low_rank import add_low_rank
+from lrlhf.functional.prefix import join, prefix_mask, split
 from lrlhf.pretrained import fingerprint_model, load_model
 from lrlhf.quantization import Quantization
 from lrlhf.types import Sequences
 
 WORTH_SHARING = 64
-"""Tokens that sharing a prefix must save: the extra pass reads all weights, as many tokens' work."""
+"""Tokens that sharing a prefix must save."""
 
 DType = Literal["float32", "bfloat16", "float16"]
 Gather = Literal["rollout", "layer"]
@@ -87,6 +90,30 @@ class LoRA:
             raise UserError(f"lora.options: {error}; see the fields of peft.LoraConfig.") from error
 
 
+class AdaptedLinear(LoraLinear):
+    """peft's linear layer under plain adapters, in fewer passes over memory; peft does DoRA, dropout and biases."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O]: the layer beneath, and W x + (alpha / r) B A x for each active adapter in turn."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or not names:
+            return self.base_layer(x)
+        if self.merged or not all(map(self._is_plain, names)):
+            return super().forward(x)
+        result = self.base_layer(x)
+        x = x.to(result.dtype)
+        for name in names:
+            down: Any = self.lora_A[name].weight
+            up: Any = self.lora_B[name].weight * self.scaling[name]
+            result = add_low_rank(result, x, down.to(x.dtype), up.to(x.dtype))
+        return result
+
+    def _is_plain(self, name: str) -> bool:
+        dropout = self.lora_dropout[name]
+        drops = self.training and not isinstance(dropout, nn.Identity)
+        return name not in self.lora_variant and self.lora_B[name].bias is None and not drops
+
+
 class Backbone(nn.Module):
     """The base model and its roles.
 
@@ -122,8 +149,6 @@ class Backbone(nn.Module):
         self.lockstep = False
         """Whether every pass is a message: the base is sharded, and processes must make equally many passes."""
         self.gather: Gather = "rollout"
-        self.shares_prefixes = True
-        """Whether tokens that all prompts of a pass begin with are run once; not over a sharded base."""
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
@@ -214,40 +239,55 @@ class Backbone(nn.Module):
 
         [:, :-1] predicts the response tokens and carries the values before them; [:, 1:] lies on the response tokens.
         """
-        ids, mask, cut, cache = sequences.ids, sequences.mask, 0, None
-        positions = position_ids(mask)
-        prefix = self._worth_sharing(sequences)
+        ids, mask = sequences.ids, sequences.mask
+        positions, last = position_ids(mask), sequences.prompt_ids.shape[1] - 1
+        prefix = self._worth_sharing(sequences.prompt_ids, sequences.prompt_mask)
+        decoder = self._current().get_decoder()
         with self._compute_type():
-            if prefix:
-                row = sequences.prompt_mask[0].nonzero()[:prefix, 0]
-                cache = self._prefill(ids[:1, row], len(ids))
-                cut = int((sequences.prompt_mask.sum(0) > 0).int().argmax()) + prefix
-                mask = torch.cat([mask.new_ones(len(mask), prefix), (mask & (positions >= prefix))[:, cut:]], dim=1)
-            output = self._current().get_decoder()(
-                input_ids=ids[:, cut:],
-                attention_mask=mask.long(),
-                position_ids=positions[:, cut:],
-                past_key_values=cache,
-                use_cache=bool(prefix),
+            if not prefix:
+                output = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+                return output.last_hidden_state[:, last:]
+            cut = _first_column(sequences.prompt_mask) + prefix
+            first = sequences.prompt_mask[0].nonzero()[:prefix, 0]
+            behind = (mask & (positions >= prefix))[:, cut:]
+            output = decoder(
+                input_ids=join(ids[0, first], ids[:, cut:]),
+                position_ids=join(positions[0, first], positions[:, cut:]),
+                attention_mask=prefix_mask(behind, prefix),
+                use_cache=False,
             )
-        return output.last_hidden_state[:, sequences.prompt_ids.shape[1] - 1 - cut :]
+        return split(output.last_hidden_state, prefix, len(ids))[:, last - cut :]
 
-    def _worth_sharing(self, sequences: Sequences) -> int:
+    def _worth_sharing(self, prompt_ids: Tensor, prompt_mask: Tensor) -> int:
         """How many first tokens, the same in all prompts, to run once for all rows: 0 if they are few.
 
-        Never with what the cache or the count of passes would not survive: gradient checkpointing, dropout, sharding.
+        Never under dropout, which differs by row, nor where attention is not ours to take apart or reaches back only
+        so far.
         """
-        if not self.shares_prefixes or self.training or self.model.is_gradient_checkpointing:
+        config = self.model.config
+        ours = config._attn_implementation == "lrlhf" and not getattr(config, "sliding_window", None)
+        if self.training or not ours:
             return 0
-        prefix = shared_prefix(sequences.prompt_ids, sequences.prompt_mask)
-        return prefix if prefix * (len(sequences) - 1) >= WORTH_SHARING else 0
+        prefix = shared_prefix(prompt_ids, prompt_mask)
+        return prefix if prefix * (len(prompt_ids) - 1) >= WORTH_SHARING else 0
 
-    def _prefill(self, prefix: Tensor, rows: int) -> DynamicCache:
-        """Keys and values of one row of tokens [1, N], repeated for all rows."""
-        cache = DynamicCache()
-        self._current().get_decoder()(input_ids=prefix, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(rows)
-        return cache
+    def prefill(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, DynamicCache]:
+        """Prompts [B, P] made ready for `next_token_logits`: what a shared prefix leaves of them to be run.
+
+        Returns:
+            ids [B, N], mask [B, S], positions [B, N] and a cache of S - N tokens.
+        """
+        positions, cache = position_ids(mask), DynamicCache()
+        prefix = 0 if self.lockstep else self._worth_sharing(ids, mask)  # a pass more, which others may not make
+        if not prefix:
+            return ids, mask, positions, cache
+        cut = _first_column(mask) + prefix
+        first = ids[:1, mask[0].nonzero()[:prefix, 0]]
+        with self._compute_type():
+            self._current().get_decoder()(input_ids=first, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(ids))
+        behind = torch.cat([mask.new_ones(len(mask), prefix), (mask & (positions >= prefix))[:, cut:]], dim=1)
+        return ids[:, cut:], behind, positions[:, cut:], cache
 
     @property
     def lm_head(self) -> nn.Module:
@@ -324,8 +364,14 @@ class Backbone(nn.Module):
                 self._peft[0].add_adapter(name, config)
             else:
                 self._peft.append(PeftModel(self.model, config, adapter_name=name))
+                self._fuse_adapters()
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"lora: {error}") from error
+
+    def _fuse_adapters(self) -> None:
+        for module in self.model.modules():
+            if type(module) is LoraLinear:
+                module.__class__ = AdaptedLinear
 
     def _adapter_parameters(self, name: str) -> list[nn.Parameter]:
         return [p for key, p in self.model.named_parameters() if "lora_" in key and name in key.split(".")]
@@ -378,6 +424,7 @@ class Backbone(nn.Module):
                 self._peft[0].load_adapter(str(folder), adapter_name=name)
             else:
                 self._peft.append(PeftModel.from_pretrained(self.model, str(folder), adapter_name=name))
+                self._fuse_adapters()
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: this adapter cannot be loaded on {self.base_model} ({error}).") from error
 
@@ -402,3 +449,8 @@ class Backbone(nn.Module):
         finally:
             model.delete_adapter("adapter")
             self._activate(self._role)
+
+
+def _first_column(mask: Tensor) -> int:
+    """Where the longest of left-padded rows [B, T] begins."""
+    return int(mask.any(0).int().argmax())

@@ -62,7 +62,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
     fully_shard(backbone, mesh=mesh, ignored_params=whole)
     for method in ("encode", "next_token_logits", "drift_of_base"):
         register_fsdp_forward_method(backbone, method)
-    backbone.gather, backbone.lockstep, backbone.shares_prefixes = gather, True, False
+    backbone.gather, backbone.lockstep = gather, True
 
 
 @contextmanager

