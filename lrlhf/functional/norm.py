@@ -29,7 +29,8 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = torch.rsqrt(torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse[..., None]).mul_(weight).to(x.dtype)
+        result = torch.mul(wide, inverse[..., None], out=None if wide is x else wide)
+        return result.mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
