@@ -62,7 +62,7 @@ def test_it_learns_a_visible_preference(tmp_path, tiny_llama, data_files):
     assert float(runner.callback_metrics["val/pairs"]) == len(rows)
 
 
-def test_scores_are_equal_bit_for_bit_in_a_fresh_process_and_by_plain_peft_up_to_rounding(trained, tiny_llama, data_files):
+def test_a_fresh_process_scores_bit_for_bit_and_plain_peft_up_to_rounding(trained, tiny_llama, data_files):
     module, folder = trained
     batch = pairs(tiny_llama, data_files, rows=4).chosen
     with torch.no_grad(), module.backbone.role("reward"):
