@@ -1,6 +1,7 @@
 """What a user wrote in a config file: its keys, and the names that it imports."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from lrlhf.errors import UserError
+from lrlhf.signatures import settings_of
 
 RUN_KEYS = ("trainer", "model", "data", "seed_everything", "ckpt_path", "fresh")
 """Top-level keys that a stage's config is written with."""
@@ -39,17 +41,45 @@ def check_configs(arguments: Sequence[str]) -> None:
     """What can be said of the files after --config before anything slow is imported.
 
     Raises:
-        UserError: a file that is missing, is no YAML, or has a key that no run has.
+        UserError: a file that is missing, is no YAML, or has a key that no run or no class of lrlhf has.
     """
+    classes: dict[str, Any] = {}
     for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)]):
         path = Path(value)
+        if option in ("--model", "--data"):
+            classes[option[2:]] = value
         if option in ("--config", "-c") and (path.is_file() or path.suffix in (".yaml", ".yml")):
             keys = read_yaml(path, "keys such as trainer, model and data")
-            unknown = sorted(str(key) for key in keys if key not in RUN_KEYS + LIGHTNING_KEYS)
-            if unknown:
-                raise UserError(
-                    f"{path}: config key {unknown[0]}: there is no such key; there are {', '.join(RUN_KEYS)}."
-                )
+            _check_keys(f"{path}: config key ", keys, RUN_KEYS, RUN_KEYS + LIGHTNING_KEYS)
+            for part in ("model", "data"):
+                if isinstance(keys.get(part), dict):
+                    classes[part] = keys[part].get("class_path", classes.get(part))
+                    _check_class(f"{path}: config key {part}.", classes[part], keys[part].get("init_args"))
+            trainer = keys.get("trainer")
+            callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+            for callback in callbacks if isinstance(callbacks, list) else []:
+                if isinstance(callback, dict):
+                    where = f"{path}: config key trainer.callbacks."
+                    _check_class(where, callback.get("class_path"), callback.get("init_args"))
+
+
+def _check_class(where: str, class_path: Any, values: Any) -> None:
+    """Whether a class of lrlhf takes these settings, and those inside them that are dataclasses of lrlhf."""
+    settings = settings_of(class_path) if isinstance(class_path, str) else None
+    if settings is None or not isinstance(values, dict):
+        return
+    _check_keys(where, values, tuple(settings), tuple(settings))
+    for key, inner in values.items():
+        for name in settings.get(key, "").replace("|", " ").split():
+            _check_class(f"{where}{key}.", name, inner)
+
+
+def _check_keys(where: str, keys: Iterable[Any], told: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for key in keys:
+        if str(key).split(".")[0] not in known:
+            near = get_close_matches(str(key), told, 1)
+            hint = f"the nearest is {near[0]}." if near else f"there are {', '.join(told)}."
+            raise UserError(f"{where}{key}: there is no such key; {hint}")
 
 
 def import_function(path: str) -> Any:
