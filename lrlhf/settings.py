@@ -66,10 +66,12 @@ def check_configs(arguments: Sequence[str]) -> None:
 def _check_class(where: str, class_path: Any, values: Any) -> None:
     """Whether a class of lrlhf takes these settings, and those inside them that are dataclasses of lrlhf."""
     settings = settings_of(class_path) if isinstance(class_path, str) else None
-    if settings is None or not isinstance(values, dict):
+    if settings is None or not isinstance(values, dict) or "class_path" in values:
         return
     _check_keys(where, values, tuple(settings), tuple(settings))
     for key, inner in values.items():
+        if isinstance(inner, dict) and "class_path" in inner:
+            _check_class(f"{where}{key}.", inner["class_path"], inner.get("init_args"))
         for name in settings.get(key, "").replace("|", " ").split():
             _check_class(f"{where}{key}.", name, inner)
 

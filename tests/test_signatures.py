@@ -47,6 +47,12 @@ def test_nothing_is_told_of_what_is_not_lrlhfs(name):
     assert settings_of(name) is None
 
 
+COEFFICIENT = """
+trainer:
+  callbacks:
+    - class_path: lrlhf.DivergenceCallback
+      init_args: {coefficient: {class_path: lrlhf.AdaptiveCoefficient, init_args: {%s: 0.1}}}
+"""
 BASE = "model: {class_path: lrlhf.SFT, init_args: {dtype: float32}}"
 
 
@@ -62,6 +68,7 @@ BASE = "model: {class_path: lrlhf.SFT, init_args: {dtype: float32}}"
             ["trainer: {callbacks: [{class_path: lrlhf.DivergenceCallback, init_args: {coeff: 1}}]}"],
             "trainer.callbacks.coeff: .* the nearest is coefficient.",
         ),
+        ([COEFFICIENT % "targett"], "trainer.callbacks.coefficient.targett: .* the nearest is target."),
     ],
 )
 def test_an_unknown_key_is_refused_without_importing_torch(tmp_path, texts, expected):
@@ -85,6 +92,7 @@ except SystemExit as stop:
 @pytest.mark.parametrize(
     "texts",
     [
+        [COEFFICIENT % "target"],
         [BASE, "model: {class_path: lrlhf.PPOPolicy, init_args: {minibatch_size: 2, lora: {r: 2}}}"],
         [BASE, "model: {class_path: mine.Module, init_args: {anything: 2}}"],
         ["model: {init_args: {anything: 2}}"],
