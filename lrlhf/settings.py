@@ -54,26 +54,30 @@ def check_configs(arguments: Sequence[str]) -> None:
             for part in ("model", "data"):
                 if isinstance(keys.get(part), dict):
                     classes[part] = keys[part].get("class_path", classes.get(part))
-                    _check_class(f"{path}: config key {part}.", classes[part], keys[part].get("init_args"))
+                    _check_value(f"{path}: config key {part}.", None, keys[part] | {"class_path": classes[part]})
             trainer = keys.get("trainer")
             callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
             for callback in callbacks if isinstance(callbacks, list) else []:
-                if isinstance(callback, dict):
-                    where = f"{path}: config key trainer.callbacks."
-                    _check_class(where, callback.get("class_path"), callback.get("init_args"))
+                _check_value(f"{path}: config key trainer.callbacks.", None, callback)
 
 
-def _check_class(where: str, class_path: Any, values: Any) -> None:
-    """Whether a class of lrlhf takes these settings, and those inside them that are dataclasses of lrlhf."""
-    settings = settings_of(class_path) if isinstance(class_path, str) else None
-    if settings is None or not isinstance(values, dict) or "class_path" in values:
+def _check_value(where: str, kind: Any, value: Any) -> None:
+    """Whether a class of lrlhf takes the settings in a value, and the same of the values in it.
+
+    Args:
+        where: begins the message.
+        kind: the class, where the value itself names none.
+        value: settings, or {class_path, init_args}; anything else is not looked at.
+    """
+    if isinstance(value, dict) and "class_path" in value:
+        kind, value = value["class_path"], value.get("init_args")
+    settings = settings_of(kind) if isinstance(kind, str) else None
+    if settings is None or not isinstance(value, dict):
         return
-    _check_keys(where, values, tuple(settings), tuple(settings))
-    for key, inner in values.items():
-        if isinstance(inner, dict) and "class_path" in inner:
-            _check_class(f"{where}{key}.", inner["class_path"], inner.get("init_args"))
+    _check_keys(where, value, tuple(settings), tuple(settings))
+    for key, inner in value.items():
         for name in settings.get(key, "").replace("|", " ").split():
-            _check_class(f"{where}{key}.", name, inner)
+            _check_value(f"{where}{key}.", name, inner)
 
 
 def _check_keys(where: str, keys: Iterable[Any], told: tuple[str, ...], known: tuple[str, ...]) -> None:
