@@ -30,9 +30,9 @@ from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrlhf.errors import UserError
-from lrlhf.functional import position_ids, shared_prefix
+from lrlhf.functional import last_true, position_ids, shared_prefix
 from lrlhf.functional.low_rank import add_low_rank
-from lrlhf.functional.prefix import join, prefix_mask, split
+from lrlhf.functional.packing import pack, packed_mask, unpack
 from lrlhf.pretrained import fingerprint_model, load_model
 from lrlhf.quantization import Quantization
 from lrlhf.types import Sequences
@@ -235,38 +235,47 @@ class Backbone(nn.Module):
         return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
 
     def encode(self, sequences: Sequences) -> Tensor:
-        """Hidden states [B, R + 1, H] from the last prompt token to the last response token, in the current role.
+        """Hidden states [B, R, H] before each response token, in the current role: they predict it and carry its value.
 
-        [:, :-1] predicts the response tokens and carries the values before them; [:, 1:] lies on the response tokens.
+        No row's last token runs: nothing comes after it. What lies off the mask means nothing.
         """
-        ids, mask = sequences.ids, sequences.mask
+        ids, mask = sequences.response_ids[:, :-1], sequences.response_mask
+        states = self._states(sequences, ids, (mask & ~last_true(mask))[:, :-1])
+        return states[:, : mask.shape[1]]
+
+    def _states(self, sequences: Sequences, response_ids: Tensor, response_mask: Tensor) -> Tensor:
+        """Hidden states [B, N + 1, H] from the last prompt token on, of prompts and responses [B, N]."""
+        ids = torch.cat([sequences.prompt_ids, response_ids], dim=1)
+        mask = torch.cat([sequences.prompt_mask, response_mask], dim=1)
         positions, last = position_ids(mask), sequences.prompt_ids.shape[1] - 1
         prefix = self._worth_sharing(sequences.prompt_ids, sequences.prompt_mask)
         decoder = self._current().get_decoder()
         with self._compute_type():
-            if not prefix:
+            if not self._takes_apart() or (not prefix and mask.all()):
                 output = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
                 return output.last_hidden_state[:, last:]
             cut = _first_column(sequences.prompt_mask) + prefix
             first = sequences.prompt_mask[0].nonzero()[:prefix, 0]
             behind = (mask & (positions >= prefix))[:, cut:]
             output = decoder(
-                input_ids=join(ids[0, first], ids[:, cut:]),
-                position_ids=join(positions[0, first], positions[:, cut:]),
-                attention_mask=prefix_mask(behind, prefix),
+                input_ids=pack(ids[0, first], ids[:, cut:], behind),
+                position_ids=pack(positions[0, first], positions[:, cut:], behind),
+                attention_mask=packed_mask(behind, prefix),
                 use_cache=False,
             )
-        return split(output.last_hidden_state, prefix, len(ids))[:, last - cut :]
+        return unpack(output.last_hidden_state, prefix, behind)[:, last - cut :]
+
+    def _takes_apart(self) -> bool:
+        """Whether attention is ours to take apart, and reaches back as far as there are tokens."""
+        config = self._current().config
+        return config._attn_implementation == "lrlhf" and not getattr(config, "sliding_window", None)
 
     def _worth_sharing(self, prompt_ids: Tensor, prompt_mask: Tensor) -> int:
         """How many first tokens, the same in all prompts, to run once for all rows: 0 if they are few.
 
-        Never under dropout, which differs by row, nor where attention is not ours to take apart or reaches back only
-        so far.
+        Never under dropout, which differs by row.
         """
-        config = self.model.config
-        ours = config._attn_implementation == "lrlhf" and not getattr(config, "sliding_window", None)
-        if self.training or not ours:
+        if self.training or not self._takes_apart():
             return 0
         prefix = shared_prefix(prompt_ids, prompt_mask)
         return prefix if prefix * (len(prompt_ids) - 1) >= WORTH_SHARING else 0
@@ -312,7 +321,7 @@ class Backbone(nn.Module):
 
     def scores(self, sequences: Sequences) -> Tensor:
         """fp32 [B]: the scalar head on the last response token (the last prompt token of an empty response)."""
-        hidden = self.encode(sequences)
+        hidden = self._states(sequences, sequences.response_ids, sequences.response_mask)
         return self.values(hidden[torch.arange(len(sequences), device=hidden.device), sequences.lengths])
 
     @contextmanager

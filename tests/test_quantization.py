@@ -62,7 +62,7 @@ def sequences() -> Sequences:
 def gradient(backbone: Backbone) -> torch.Tensor:
     text = sequences()
     with backbone.role("policy"), backbone.training_pass(dropout=False):
-        hidden = backbone.encode(text)[:, :-1]
+        hidden = backbone.encode(text)
         logprobs = torch.log_softmax(backbone.lm_head(hidden).float(), -1)
         (-logprobs.gather(-1, text.response_ids[..., None]).mean()).backward()
     return torch.cat([p.grad.flatten() for p in backbone.trainable("policy")])

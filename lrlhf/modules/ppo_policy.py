@@ -283,9 +283,9 @@ class PPOPolicy(AlignmentModule):
         results = [torch.zeros(sequences.response_mask.shape, device=self.device) for _ in functions]
         for index, piece in self.micro_batches(sequences):
             with self.backbone.role("policy"):
-                hidden, head = self.backbone.encode(piece)[:, :-1], self.backbone.lm_head
+                hidden, head = self.backbone.encode(piece), self.backbone.lm_head
             with self.backbone.role("reference"):
-                ref_hidden, ref_head = self.backbone.encode(piece)[:, :-1], self.backbone.lm_head
+                ref_hidden, ref_head = self.backbone.encode(piece), self.backbone.lm_head
             for result, function in zip(results, functions, strict=True):
                 values = vocabulary_divergence(
                     hidden,
@@ -328,7 +328,7 @@ class PPOPolicy(AlignmentModule):
 
     def _statistics(self, piece: Sequences) -> TokenStatistics:
         return token_statistics(
-            self.backbone.encode(piece)[:, :-1],
+            self.backbone.encode(piece),
             self.backbone.lm_head,
             piece.response_ids,
             piece.response_mask,
@@ -337,7 +337,7 @@ class PPOPolicy(AlignmentModule):
         )
 
     def _values(self, piece: Sequences) -> Tensor:
-        return self.backbone.values(self.backbone.encode(piece)[:, :-1]).masked_fill(~piece.response_mask, 0)
+        return self.backbone.values(self.backbone.encode(piece)).masked_fill(~piece.response_mask, 0)
 
     # Report
 

@@ -31,7 +31,7 @@ class SFT(AlignmentModule):
 
     def negative_log_likelihood(self, batch: Sequences) -> Tensor:
         """-log p of the response tokens, the end-of-sequence token included; a sum."""
-        hidden = self.backbone.encode(batch)[:, :-1]
+        hidden = self.backbone.encode(batch)
         return -token_statistics(hidden, self.backbone.lm_head, batch.response_ids, batch.response_mask).logprobs.sum()
 
     def training_step(self, batch: Sequences, batch_idx: int) -> None:

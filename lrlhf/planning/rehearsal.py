@@ -148,8 +148,8 @@ def rehearse(job: Job) -> tuple[Bytes, "Base"]:
         UserError: settings that no run could use.
     """
     module = build(job, torch.device("meta"))
-    if job.on_cpu:
-        with_cpu_kernels(module.backbone.model)
+    for model in (module.backbone.model, *module.backbone.copies.values()) if job.on_cpu else ():
+        with_cpu_kernels(model)
     ledger = Ledger(vocabulary=module.backbone.model.config.vocab_size)
     with _as_on(job), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         _make_fake(module.backbone)

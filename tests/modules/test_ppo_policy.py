@@ -225,7 +225,7 @@ def test_the_penalty_is_the_coefficient_times_the_divergence_at_every_token(tmp_
     logits = {}
     for role in ("policy", "reference"):
         with torch.no_grad(), module.backbone.role(role):
-            logits[role] = module.backbone.lm_head(module.backbone.encode(rollout)[:, :-1]).double().log_softmax(-1)
+            logits[role] = module.backbone.lm_head(module.backbone.encode(rollout)).double().log_softmax(-1)
     p, q = logits["policy"], logits["reference"]
     if function is exact_kl:
         expected = (p.exp() * (p - q)).sum(-1)
