@@ -34,6 +34,13 @@ Bytes = dict[Phase, dict[str, int]]
 """Phase to kind to bytes, at the phase's peak."""
 
 
+Moments = list[tuple[Phase, dict[str, int]]]
+"""Moments that may be the peak of their phase, with bytes by kind."""
+
+FEW = (3, 5)
+"""Layers of a deep model that are rehearsed: bytes at each moment grow by the same amount with every layer."""
+
+
 @dataclass(frozen=True)
 class Base:
     """Sizes of one copy of the base: bytes, where not said otherwise."""
@@ -44,6 +51,9 @@ class Base:
     """What lies outside the layers: embeddings, last norm, LM head."""
     linear_weights: tuple[tuple[int, ...], ...]
     """Shapes of the weights that quantisation touches."""
+    layers: int
+    alike: bool
+    """Whether all layers are of one size."""
 
     @classmethod
     def of(cls, backbone: Backbone) -> "Base":
@@ -59,11 +69,26 @@ class Base:
             if isinstance(module, nn.Linear) and "lora_" not in name and module is not backbone.lm_head
         )
         whole = size(backbone.model)
-        return cls(whole, max(layers), whole - sum(layers), linear)
+        return cls(whole, max(layers), whole - sum(layers), linear, len(layers), len(set(layers)) == 1)
 
 
 class Understudy(Backbone):
-    """Makes the roles that a run would load from a hand-over folder, with the LoRA settings of this config."""
+    """Makes the roles that a run would load from a hand-over folder, with the LoRA settings of this config.
+
+    Args:
+        layers: how many layers of the base are kept; None keeps all.
+    """
+
+    whole: Base
+    """What the base consists of before layers are left out."""
+
+    def __init__(self, *arguments: Any, layers: int | None = None, **options: Any):
+        super().__init__(*arguments, **options)
+        self.whole = Base.of(self)
+        for module in self.model.modules() if layers else ():
+            if isinstance(module, nn.ModuleList) and isinstance(next(iter(module), None), GradientCheckpointingLayer):
+                del module[layers:]
+                self.model.config.num_hidden_layers = layers
 
     def load_role(self, role: str, stack: tuple[str, ...], folder: Path, *, head: bool) -> None:
         """As large as what a folder would hold."""
@@ -77,7 +102,7 @@ def no_reward(prompts: list[str], responses: list[str]) -> Tensor:
     return torch.zeros(len(responses))
 
 
-def build(job: Job, device: torch.device) -> AlignmentModule:
+def build(job: Job, device: torch.device, layers: int | None = None) -> AlignmentModule:
     """The stage with its backbone and roles on a device; hand-over folders are taken as if they were there."""
     settings = copy.deepcopy(job.model)
     values = settings["init_args"]
@@ -105,6 +130,7 @@ def build(job: Job, device: torch.device) -> AlignmentModule:
             dtype=module.dtype_name,
             quantize=module.quantize,
             gradient_checkpointing=module.gradient_checkpointing,
+            layers=layers,
         )
         module.build_roles()
     module.backbone.eval()
@@ -141,20 +167,42 @@ def experience(rows: int, job: Job) -> Experience:
     return Experience(**fields, **tokens, scores=torch.zeros(rows))
 
 
-def rehearse(job: Job) -> tuple[Bytes, "Base"]:
+def rehearse(job: Job) -> tuple[Bytes, Base]:
     """Bytes of one process by phase and kind, the base whole and as wide as `dtype`, and what the base consists of.
 
     Raises:
         UserError: settings that no run could use.
     """
-    module = build(job, torch.device("meta"))
-    for model in (module.backbone.model, *module.backbone.copies.values()) if job.on_cpu else ():
+    moments, base = _rehearse(job, FEW[0])
+    if base.layers > FEW[1] and base.alike:
+        more, _ = _rehearse(job, FEW[1])
+        moments = [
+            (phase, _at_depth(base.layers, few, many)) for (phase, few), (_, many) in zip(moments, more, strict=True)
+        ]
+    elif base.layers > FEW[0]:
+        moments, _ = _rehearse(job, None)
+    phases: Bytes = {}
+    for phase, kinds in moments:
+        phases[phase] = max(phases.get(phase, {}), kinds, key=lambda found: sum(found.values()))
+    return phases, base
+
+
+def _at_depth(layers: int, few: dict[str, int], many: dict[str, int]) -> dict[str, int]:
+    """The line through the bytes at two depths."""
+    a_layer = {kind: (many.get(kind, 0) - few.get(kind, 0)) // (FEW[1] - FEW[0]) for kind in {*few, *many}}
+    return {kind: few.get(kind, 0) + (layers - FEW[0]) * grown for kind, grown in a_layer.items()}
+
+
+def _rehearse(job: Job, layers: int | None) -> tuple[Moments, Base]:
+    module = build(job, torch.device("meta"), layers)
+    backbone: Any = module.backbone
+    for model in (backbone.model, *backbone.copies.values()) if job.on_cpu else ():
         with_cpu_kernels(model)
-    ledger = Ledger(vocabulary=module.backbone.model.config.vocab_size)
+    ledger = Ledger(vocabulary=backbone.model.config.vocab_size)
     with _as_on(job), FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        _make_fake(module.backbone)
-        phases = {phase: {k: n for k, n in kinds.items() if n} for phase, kinds in _phases(module, job, ledger)}
-        return phases, Base.of(module.backbone)
+        _make_fake(backbone)
+        moments = [(phase, {k: n for k, n in kinds.items() if n}) for phase, kinds in _moments(module, job, ledger)]
+    return moments, backbone.whole
 
 
 def _make_fake(backbone: Backbone) -> None:
@@ -183,7 +231,7 @@ def _as_on(job: Job) -> Iterator[None]:
         logprobs.CHUNK.update(before)
 
 
-def _phases(module: AlignmentModule, job: Job, ledger: Ledger) -> Iterator[tuple[Phase, dict[str, int]]]:
+def _moments(module: AlignmentModule, job: Job, ledger: Ledger) -> Iterator[tuple[Phase, dict[str, int]]]:
     backbone = module.backbone
     _own_weights(backbone, ledger)
     with ledger.phase() as load:
@@ -200,17 +248,19 @@ def _phases(module: AlignmentModule, job: Job, ledger: Ledger) -> Iterator[tuple
     batch: Any = experience(job.rows, job)
     ledger.own("batch", [getattr(batch, name) for name in (*Sequences.__slots__, *Rollout.__slots__, "returns")])
     if module.task == "prompts":
-        yield "rollout", _rollout(module, job, ledger)
+        for kinds in _rollout(module, job, ledger):
+            yield "rollout", kinds
         with ledger.phase() as score:
             _score(module, job)
         yield "score", score
     _give_gradients(backbone, ledger)
-    with ledger.phase() as update:
-        with backbone.training_pass(dropout=module.task != "prompts"):
-            for loss in _losses(module, job):
-                loss.backward()
-        optimizer.step()
+    with ledger.phase() as update, backbone.training_pass(dropout=module.task != "prompts"):
+        for loss in _losses(module, job):
+            loss.backward()
     yield "update", update
+    with ledger.phase() as step:
+        optimizer.step()
+    yield "update", step
     with ledger.phase() as checkpoint:
         pass
     yield "checkpoint", checkpoint
@@ -230,8 +280,8 @@ def _give_gradients(backbone: Backbone, ledger: Ledger) -> None:
 
 
 @torch.no_grad()
-def _rollout(module: AlignmentModule, job: Job, ledger: Ledger) -> dict[str, int]:
-    """The larger of the first pass, over the prompts, and the last, over one token with a full cache."""
+def _rollout(module: AlignmentModule, job: Job, ledger: Ledger) -> tuple[dict[str, int], dict[str, int]]:
+    """The first pass, over the prompts, and the last, over one token with a full cache."""
     rows = min(module.sampling.batch_size, job.rows)
     text, cache, backbone = sequences(rows, job), DynamicCache(), module.backbone
     uniforms = torch.rand(rows)
@@ -259,7 +309,7 @@ def _rollout(module: AlignmentModule, job: Job, ledger: Ledger) -> dict[str, int
             whole = _cache_bytes(cache)
             ledger.peak["activations"] += ledger.peak["cache"] - whole
             ledger.peak["cache"] = whole
-    return max(first, last, key=lambda kinds: kinds.total())
+    return first, last
 
 
 def _cache_bytes(cache: Any) -> int:

@@ -5,11 +5,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrlhf.errors import UserError
+from lrlhf.planning import rehearsal
 from lrlhf.planning.command import parse_size
 from lrlhf.planning.job import Job
 from lrlhf.planning.ledger import Ledger
 from lrlhf.planning.measure import measure, small
 from lrlhf.planning.plan import Plan, quantised
+from lrlhf.planning.rehearsal import rehearse
 from tests.conftest import save_tiny_llama
 
 
@@ -94,6 +96,18 @@ CONFIGS = [
     {"lora": None, "sft": None, "gradient_checkpointing": True},
     {"lora": None, "sft": None, "prompt": 48, "response": 80},
 ]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}, {"lora": None, "sft": None}], ids=str
+)
+def test_a_few_layers_tell_what_all_would(tmp_path, monkeypatch, settings):
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 9, "num_attention_heads": 4}
+    deep = job(str(save_tiny_llama(tmp_path / "deep", vocab_size=999, **sizes)), **settings)
+    told, base = rehearse(deep)
+    monkeypatch.setattr(rehearsal, "FEW", (9, 9))
+    assert (told, base) == rehearse(deep)
+    assert base.layers == 9
 
 
 @pytest.mark.parametrize("settings", CONFIGS, ids=str)
