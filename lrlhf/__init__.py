@@ -27,6 +27,7 @@ _HOMES = {
     "LoRA": "lrlhf.backbone",
     "Quantization": "lrlhf.quantization",
     "Sampling": "lrlhf.generation",
+    "Schedule": "lrlhf.modules",
     "UserError": "lrlhf.errors",
 }
 

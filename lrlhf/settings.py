@@ -5,12 +5,13 @@ from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
 
 from lrlhf.errors import UserError
-from lrlhf.signatures import settings_of
+from lrlhf.signatures import TRAINER, refusal, settings_of
 
 RUN_KEYS = ("trainer", "model", "data", "seed_everything", "ckpt_path", "fresh")
 """Top-level keys that a stage's config is written with."""
@@ -38,31 +39,40 @@ def read_yaml(path: Path, expected: str) -> dict[str, Any]:
 
 
 def check_configs(arguments: Sequence[str]) -> None:
-    """What can be said of the files after --config before anything slow is imported.
+    """What can be said of the files after --config, and of settings as options, before anything slow is imported.
 
     Raises:
-        UserError: a file that is missing, is no YAML, or has a key that no run or no class of lrlhf has.
+        UserError: a file that is missing or no YAML, a key that no run or no class has, or a value of another kind.
     """
-    classes: dict[str, Any] = {}
+    kinds: dict[str, Any] = {"trainer": TRAINER}
     for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)]):
-        path = Path(value)
-        if option in ("--model", "--data"):
-            classes[option[2:]] = value
-        if option in ("--config", "-c") and (path.is_file() or path.suffix in (".yaml", ".yml")):
-            keys = read_yaml(path, "keys such as trainer, model and data")
-            _check_keys(f"{path}: config key ", keys, RUN_KEYS, RUN_KEYS + LIGHTNING_KEYS)
-            for part in ("model", "data"):
-                if isinstance(keys.get(part), dict):
-                    classes[part] = keys[part].get("class_path", classes.get(part))
-                    _check_value(f"{path}: config key {part}.", None, keys[part] | {"class_path": classes[part]})
-            trainer = keys.get("trainer")
-            callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
-            for callback in callbacks if isinstance(callbacks, list) else []:
-                _check_value(f"{path}: config key trainer.callbacks.", None, callback)
+        path, (part, *keys) = Path(value), option.removeprefix("--").split(".")
+        if part in ("model", "data") and keys in ([], ["class_path"]):
+            kinds[part] = value
+        elif part in ("model", "data", "trainer") and keys != ["help"] and not option.endswith("+"):
+            setting: Any = value
+            for key in reversed([key for key in keys if key != "init_args"]):
+                setting = {key: setting}
+            _check_value(f"config key {part}.", kinds.get(part), setting)
+        elif option in ("--config", "-c") and (path.is_file() or path.suffix in (".yaml", ".yml")):
+            _check_file(path, kinds)
+
+
+def _check_file(path: Path, kinds: dict[str, Any]) -> None:
+    keys = read_yaml(path, "keys such as trainer, model and data")
+    _check_keys(f"{path}: config key ", keys, RUN_KEYS, RUN_KEYS + LIGHTNING_KEYS)
+    for part in ("model", "data", "trainer"):
+        value = keys.get(part)
+        if isinstance(value, dict):
+            kinds[part] = value.get("class_path", kinds.get(part))
+            _check_value(f"{path}: config key {part}.", kinds[part], value.get("init_args", value))
+    callbacks = keys["trainer"].get("callbacks") if isinstance(keys.get("trainer"), dict) else None
+    for callback in callbacks if isinstance(callbacks, list) else []:
+        _check_value(f"{path}: config key trainer.callbacks.", None, callback)
 
 
 def _check_value(where: str, kind: Any, value: Any) -> None:
-    """Whether a class of lrlhf takes the settings in a value, and the same of the values in it.
+    """Whether a class takes the settings in a value, and the same of the values in it.
 
     Args:
         where: begins the message.
@@ -76,13 +86,16 @@ def _check_value(where: str, kind: Any, value: Any) -> None:
         return
     _check_keys(where, value, tuple(settings), tuple(settings))
     for key, inner in value.items():
-        for name in settings.get(key, "").replace("|", " ").split():
+        annotation = settings.get(key, "")
+        if expected := refusal(annotation, inner):
+            raise UserError(f"{where}{key}: expected {expected}, got {shorten(str(inner), 80)}.")
+        for name in annotation.replace("|", " ").split():
             _check_value(f"{where}{key}.", name, inner)
 
 
 def _check_keys(where: str, keys: Iterable[Any], told: tuple[str, ...], known: tuple[str, ...]) -> None:
     for key in keys:
-        if str(key).split(".")[0] not in known:
+        if str(key).split(".")[0].removesuffix("+") not in known:
             near = get_close_matches(str(key), told, 1)
             hint = f"the nearest is {near[0]}." if near else f"there are {', '.join(told)}."
             raise UserError(f"{where}{key}: there is no such key; {hint}")

@@ -1,44 +1,142 @@
-"""What lrlhf's classes can be told in a config, read from their source: importing them takes seconds."""
+"""What a config can tell lrlhf's classes and Lightning's trainer, read from their source: importing takes seconds."""
 
 import ast
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lrlhf import _HOMES
 
 PACKAGE = Path(__file__).parent
+TRAINER = "lightning.Trainer"
 
 
 def settings_of(class_path: str) -> dict[str, str] | None:
-    """Names and annotations of what a public class is made with; None where its source in lrlhf does not tell.
+    """Names and annotations of what a public class is made with; None where its source does not tell.
 
     Args:
-        class_path: lrlhf.PPOPolicy, or PPOPolicy.
+        class_path: lrlhf.PPOPolicy, or PPOPolicy, or lightning.Trainer.
     """
+    if class_path == TRAINER:
+        return _settings("Trainer", _trainer())
     package, _, name = class_path.rpartition(".")
-    return _settings(name) if package.split(".")[0] in ("", "lrlhf") and name in _HOMES else None
+    if package.split(".")[0] not in ("", "lrlhf") or name not in _HOMES:
+        return None
+    return _settings(name, _home(_HOMES[name]))
 
 
-@cache
-def _settings(name: str) -> dict[str, str] | None:
+def refusal(annotation: str, value: Any) -> str | None:
+    """What was expected instead of a value from a config; None where it fits, or where nobody can tell without imports.
+
+    Args:
+        annotation: such as int | None, or Literal['a', 'b'].
+        value: of YAML.
+    """
+    kinds = _kinds(ast.parse(annotation or "Any", mode="eval").body)
+    if any(_may_be(kind, value) for kind in kinds):
+        return None
+    return " or ".join(_told(kind) for kind in kinds)
+
+
+def _settings(name: str, classes: dict[str, ast.stmt]) -> dict[str, str] | None:
     """Arguments of __init__, of its base class too where it passes on **kwargs, or the fields of a dataclass."""
-    node = _classes().get(name)
-    if node is None:
+    node = classes.get(name)
+    if not isinstance(node, ast.ClassDef):
         return None
     makes = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
     if makes:
         own = makes[0].args
-        found = {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in own.args[1:] + own.kwonlyargs}
-        above = _settings(ast.unparse(node.bases[0])) if own.kwarg and node.bases else {}
+        found = {a.arg: _annotation(a.annotation, classes) for a in own.args[1:] + own.kwonlyargs}
+        above = _settings(ast.unparse(node.bases[0]), classes) if own.kwarg and node.bases else {}
         return None if above is None else found | above
     if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         return None
-    fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
-    return {f.target.id: ast.unparse(f.annotation) for f in fields}  # type: ignore[union-attr]
+    fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
+    return {ast.unparse(f.target): _annotation(f.annotation, classes) for f in fields}
+
+
+def _annotation(node: ast.expr | None, names: dict[str, ast.stmt]) -> str:
+    """As written, with a name for a Literal replaced by it."""
+    alias = names.get(node.id) if isinstance(node, ast.Name) else None
+    if isinstance(alias, ast.Assign) and ast.unparse(alias.value).startswith("Literal["):
+        node = alias.value
+    return ast.unparse(node) if node else ""
 
 
 @cache
-def _classes() -> dict[str, ast.ClassDef]:
-    """Every class of the package by name."""
-    trees = [ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))]
-    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+def _home(module: str) -> dict[str, ast.stmt]:
+    """Classes and names of a module of lrlhf, or of all modules of a package in it and of those that these share."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    paths = [*sorted(path.glob("*.py")), PACKAGE / "backbone.py"] if path.is_dir() else [path.with_suffix(".py")]
+    return {name: node for path in paths for name, node in _names(path).items()}
+
+
+@cache
+def _trainer() -> dict[str, ast.stmt]:
+    spec = find_spec("lightning")
+    places = spec.submodule_search_locations if spec else None
+    path = Path(places[0]) / "pytorch/trainer/trainer.py" if places else None
+    return _names(path) if path and path.is_file() else {}
+
+
+def _names(path: Path) -> dict[str, ast.stmt]:
+    """Classes and assignments on the top level of a file, by name."""
+    found: dict[str, ast.stmt] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign):
+            found |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def _kinds(node: ast.expr) -> list[ast.expr]:
+    """The members of a union."""
+    if isinstance(node, ast.BinOp):
+        return _kinds(node.left) + _kinds(node.right)
+    if isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("Union", "Optional"):
+        members = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        none = [ast.Constant(None)] if ast.unparse(node.value) == "Optional" else []
+        return [kind for member in members for kind in _kinds(member)] + none
+    return [node]
+
+
+def _may_be(kind: ast.expr, value: Any) -> bool:
+    """Whether a parser might take the value for this kind; numbers and truths may come as text."""
+    name = ast.unparse(kind.value if isinstance(kind, ast.Subscript) else kind)
+    if isinstance(value, str) and name in ("int", "float", "bool", "None"):
+        value = _of_text(value)
+    if name == "None":
+        return value is None
+    if name in ("int", "float"):
+        return isinstance(value, int) or (isinstance(value, float) and (name == "float" or value.is_integer()))
+    if name == "bool":
+        return isinstance(value, bool)
+    if name == "Literal":
+        return str(value) in map(str, _members(kind))
+    if name in ("list", "dict"):
+        return isinstance(value, list | str if name == "list" else dict | str)
+    if name == "str":
+        return not isinstance(value, list | dict | None)
+    return True
+
+
+def _of_text(text: str) -> Any:
+    """The number, truth or null that a text stands for, or the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return yaml.safe_load(text) if text.isidentifier() else text
+
+
+def _members(literal: Any) -> list[Any]:
+    return ast.literal_eval(f"[{ast.unparse(literal.slice).strip('()')}]")
+
+
+def _told(kind: ast.expr) -> str:
+    if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Literal":
+        return f"one of {', '.join(map(repr, _members(kind)))}"
+    return {"None": "null"}.get(text := ast.unparse(kind), text)

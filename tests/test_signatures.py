@@ -5,13 +5,14 @@ import subprocess
 import sys
 from dataclasses import fields, is_dataclass
 
+import lightning
 import pytest
 
 import lrlhf
 from lrlhf import _HOMES
 from lrlhf.errors import UserError
 from lrlhf.settings import check_configs
-from lrlhf.signatures import settings_of
+from lrlhf.signatures import refusal, settings_of
 
 
 def arguments(kind: type) -> set[str] | None:
@@ -36,8 +37,51 @@ def test_settings_are_those_of_the_class(name):
     assert told is None or set(told) == arguments(getattr(lrlhf, name))
 
 
+def test_settings_of_the_trainer_are_lightnings():
+    parameters = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self"}
+    assert set(settings_of("lightning.Trainer")) == parameters
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "expected"),
+    [
+        ("int", "x", "int"),
+        ("int", 1.5, "int"),
+        ("int", [1], "int"),
+        ("int", None, "int"),
+        ("float | None", "fast", "float or null"),
+        ("bool", 3, "bool"),
+        ("str", [1], "str"),
+        ("list[str]", 3, "list[str]"),
+        ("Literal['a', 'b'] | None", "c", "one of 'a', 'b' or null"),
+        ("Literal['a']", "b", "one of 'a'"),
+        ("Optional[Union[int, float]]", "x", "int or float or null"),
+        ("dict[str, int | None] | None", [1], "dict[str, int | None] or null"),
+    ],
+)
+def test_a_value_of_another_kind_is_told(annotation, value, expected):
+    assert refusal(annotation, value) == expected
+
+
+@pytest.mark.parametrize(
+    ("annotation", "values"),
+    [
+        ("int | None", [3, "3", 3.0, None, "null", True]),
+        ("float", [1, "1e-5", 0.5, "inf"]),
+        ("bool", [True, "true", "false"]),
+        ("str", ["x", 3, 0.5, True]),
+        ("list[str] | str", [["a"], "a"]),
+        ("Literal['a', 'b'] | None", ["a", None]),
+        ("LoRA | None", [3, "x", {}]),
+        ("", [3, None, []]),
+    ],
+)
+def test_nothing_is_told_of_a_value_that_a_parser_might_take(annotation, values):
+    assert [refusal(annotation, value) for value in values] == [None] * len(values)
+
+
 def test_those_that_a_config_names_are_told():
-    for name in ("SFT", "RewardModel", "PPOPolicy", "AlpacaDataModule", "DivergenceCallback", "LoRA", "Sampling"):
+    for name in ("SFT", "RewardModel", "PPOPolicy", "AlpacaDataModule", "DivergenceCallback", "Sampling", "Schedule"):
         assert settings_of(name)
     assert settings_of("lrlhf.LoRA")["targets"] == "list[str]"
 
@@ -68,10 +112,14 @@ BASE = "model: {class_path: lrlhf.SFT, init_args: {dtype: float32}}"
             ["trainer: {callbacks: [{class_path: lrlhf.DivergenceCallback, init_args: {coeff: 1}}]}"],
             "trainer.callbacks.coeff: .* the nearest is coefficient.",
         ),
+        ([BASE, "model: {init_args: {lora: {r: eight}}}"], "model.lora.r: expected int, got eight."),
+        ([BASE, "model: {init_args: {dtype: int8}}"], "model.dtype: expected one of 'float32', .*, got int8."),
+        (["trainer: {max_epoch: 3}"], "trainer.max_epoch: .* the nearest is max_epochs."),
+        (["trainer: {max_epochs: three}"], "trainer.max_epochs: expected int or null, got three."),
         ([COEFFICIENT % "targett"], "trainer.callbacks.coefficient.targett: .* the nearest is target."),
     ],
 )
-def test_an_unknown_key_is_refused_without_importing_torch(tmp_path, texts, expected):
+def test_an_unknown_key_or_a_bad_value_is_refused_without_importing_torch(tmp_path, texts, expected):
     files = [tmp_path / f"{i}.yaml" for i in range(len(texts))]
     for file, text in zip(files, texts, strict=True):
         file.write_text(text)
@@ -97,6 +145,7 @@ except SystemExit as stop:
         [BASE, "model: {class_path: mine.Module, init_args: {anything: 2}}"],
         ["model: {init_args: {anything: 2}}"],
         ["model: {class_path: lrlhf.SFT, init_args: {lora: null, optimizer: {class_path: x, init_args: {lr: 1}}}}"],
+        ["trainer: {callbacks+: {class_path: lrlhf.SampleLog}, strategy: {class_path: lrlhf.FSDP2Strategy}}"],
         ["model: lrlhf.SFT", "data:", "trainer: {callbacks: null}", "trainer: {callbacks: [mine.Callback]}"],
     ],
 )
@@ -111,3 +160,23 @@ def test_a_class_given_as_an_option_counts(tmp_path):
     check_configs(["--model", "lrlhf.PPOPolicy", "--config", str(tmp_path / "a.yaml")])
     with pytest.raises(UserError, match="model.minibatch_size"):
         check_configs(["--model=lrlhf.SFT", f"--config={tmp_path}/a.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model", "lrlhf.PPOPolicy", "--model.lora.r", "x"], "model.lora.r: expected int, got x."),
+        (["--model.class_path=lrlhf.SFT", "--model.init_args.schedule.nam=z"], "model.schedule.nam: there is no"),
+        (["--trainer.max_epochs=two"], "trainer.max_epochs: expected int or null, got two."),
+    ],
+)
+def test_settings_given_as_options_are_checked_too(options, expected):
+    with pytest.raises(UserError, match=f"^config key {expected}"):
+        check_configs(options)
+
+
+@pytest.mark.parametrize(
+    "options", [["--model.anything", "1"], ["--trainer.callbacks+=lrlhf.SampleLog"], ["--model.help", "lrlhf.SFT"]]
+)
+def test_options_that_may_be_right_pass(options):
+    check_configs(options)
