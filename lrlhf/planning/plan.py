@@ -97,13 +97,17 @@ def largest(plan: Plan, key: str, phases: tuple[Phase, ...], memory: int) -> int
     job = plan.job
     most = job.rows if key != "micro_batch_size" else job.minibatch_rows
     some = max(1, min(int(job[key]), most // 2))
-    one, two = Plan(job.change(key, some)), Plan(job.change(key, 2 * some))
+    one = plan if some == job[key] else Plan(job.change(key, some))
+    two = Plan(job.change(key, 2 * some))
     found = most
     for phase in phases:
         if phase in plan.phases:
             a_row = max(1.0, (two.needed(phase) - one.needed(phase)) / some)
             found = min(found, some + int((memory - one.needed(phase)) // a_row))
-    while found > 0 and any(Plan(job.change(key, found)).needed(p) > memory for p in phases if p in plan.phases):
+    while found > 0:
+        there = Plan(job.change(key, found))
+        if all(there.needed(phase) <= memory for phase in phases if phase in plan.phases):
+            break
         found -= max(1, found // 16)
     return max(0, found)
 
@@ -119,7 +123,7 @@ def remedies(plan: Plan, memory: int) -> Iterator[tuple[str, Plan]]:
             continue
         before = plan.needed(plan.peak)
         changed = Plan(plan.job.change(key, value))
-        if changed.needed(changed.peak) < before or changed.peak != plan.peak:
+        if changed.needed(changed.peak) < 0.99 * before or changed.peak != plan.peak:
             plan = changed
             yield f"model.init_args.{key}: {value}", plan
 

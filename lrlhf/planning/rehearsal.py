@@ -37,8 +37,8 @@ Bytes = dict[Phase, dict[str, int]]
 Moments = list[tuple[Phase, dict[str, int]]]
 """Moments that may be the peak of their phase, with bytes by kind."""
 
-FEW = (3, 5)
-"""Layers of a deep model that are rehearsed: bytes at each moment grow by the same amount with every layer."""
+FEW = (2, 3)
+"""Depths at which a deep model is rehearsed: bytes at each moment grow by the same amount with every layer."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def rehearse(job: Job) -> tuple[Bytes, Base]:
 
 def _at_depth(layers: int, few: dict[str, int], many: dict[str, int]) -> dict[str, int]:
     """The line through the bytes at two depths."""
-    a_layer = {kind: (many.get(kind, 0) - few.get(kind, 0)) // (FEW[1] - FEW[0]) for kind in {*few, *many}}
+    a_layer = {kind: many.get(kind, 0) - few.get(kind, 0) for kind in {*few, *many}}
     return {kind: few.get(kind, 0) + (layers - FEW[0]) * grown for kind, grown in a_layer.items()}
 
 
@@ -212,7 +212,7 @@ def _make_fake(backbone: Backbone) -> None:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    fake = fakes.setdefault(id(tensor), torch.empty_like(tensor, device="cpu", requires_grad=False))
+                    fake = fakes.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
                     if isinstance(tensor, nn.Parameter) and not isinstance(fake, nn.Parameter):
                         fake = fakes[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     tensors[name] = fake
@@ -260,6 +260,7 @@ def _moments(module: AlignmentModule, job: Job, ledger: Ledger) -> Iterator[tupl
     yield "update", update
     with ledger.phase() as step:
         optimizer.step()
+    step["optimizer"] += step.pop("activations", 0)
     yield "update", step
     with ledger.phase() as checkpoint:
         pass

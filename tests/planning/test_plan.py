@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lrlhf.errors import UserError
 from lrlhf.planning import rehearsal
@@ -98,6 +98,19 @@ CONFIGS = [
 ]
 
 
+def test_a_rehearsal_computes_nothing(llama, monkeypatch):
+    rehearsed, moments = [], rehearsal._moments
+
+    def spy(module, *rest):
+        rehearsed.extend([*module.backbone.parameters()])
+        yield from moments(module, *rest)
+
+    monkeypatch.setattr(rehearsal, "_moments", spy)
+    rehearse(job(llama))
+    assert len(rehearsed) > 50
+    assert all(isinstance(tensor, FakeTensor) for tensor in rehearsed)
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}, {"lora": None, "sft": None}], ids=str
 )
@@ -105,7 +118,7 @@ def test_a_few_layers_tell_what_all_would(tmp_path, monkeypatch, settings):
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 9, "num_attention_heads": 4}
     deep = job(str(save_tiny_llama(tmp_path / "deep", vocab_size=999, **sizes)), **settings)
     told, base = rehearse(deep)
-    monkeypatch.setattr(rehearsal, "FEW", (9, 9))
+    monkeypatch.setattr(rehearsal, "FEW", (9, 9))  # as deep as the model is
     assert (told, base) == rehearse(deep)
     assert base.layers == 9
 
