@@ -60,7 +60,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     fully_shard(backbone, mesh=mesh, ignored_params=whole)
-    for method in ("encode", "prefill", "next_token_logits", "drift_of_base"):
+    for method in ("encode", "scores", "prefill", "next_token_logits", "drift_of_base"):
         register_fsdp_forward_method(backbone, method)
     backbone.gather, backbone.lockstep = gather, True
 
