@@ -46,14 +46,14 @@ def check_configs(arguments: Sequence[str]) -> None:
     """
     kinds: dict[str, Any] = {"trainer": TRAINER}
     for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)]):
-        path, (part, *keys) = Path(value), option.removeprefix("--").split(".")
-        if part in ("model", "data") and keys in ([], ["class_path"]):
-            kinds[part] = value
-        elif part in ("model", "data", "trainer") and keys != ["help"] and not option.endswith("+"):
+        path, (part, *keys) = Path(value), option.split(".")
+        if part in ("--model", "--data") and keys in ([], ["class_path"]):
+            kinds[part[2:]] = value
+        elif part in ("--model", "--data", "--trainer") and keys != ["help"] and not option.endswith("+"):
             setting: Any = value
             for key in reversed([key for key in keys if key != "init_args"]):
                 setting = {key: setting}
-            _check_value(f"config key {part}.", kinds.get(part), setting)
+            _check_value(f"config key {part[2:]}.", kinds.get(part[2:]), setting)
         elif option in ("--config", "-c") and (path.is_file() or path.suffix in (".yaml", ".yml")):
             _check_file(path, kinds)
 

@@ -180,3 +180,14 @@ def test_settings_given_as_options_are_checked_too(options, expected):
 )
 def test_options_that_may_be_right_pass(options):
     check_configs(options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--data", "lrlhf.AlpacaDataModule", "--data.init_args.train", "data.jsonl", "--data.limit", "3"],
+        ["--model", "lrlhf.SFT", "--model.base_model", "model.gguf", "--model.lora", "null"],
+    ],
+)
+def test_a_value_that_looks_like_an_option_is_none(options):
+    check_configs(options)
