@@ -1,5 +1,6 @@
 """What a user wrote in a config file: its keys, and the names that it imports."""
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -66,9 +67,6 @@ def _check_file(path: Path, kinds: dict[str, Any]) -> None:
         if isinstance(value, dict):
             kinds[part] = value.get("class_path", kinds.get(part))
             _check_value(f"{path}: config key {part}.", kinds[part], value.get("init_args", value))
-    callbacks = keys["trainer"].get("callbacks") if isinstance(keys.get("trainer"), dict) else None
-    for callback in callbacks if isinstance(callbacks, list) else []:
-        _check_value(f"{path}: config key trainer.callbacks.", None, callback)
 
 
 def _check_value(where: str, kind: Any, value: Any) -> None:
@@ -77,8 +75,10 @@ def _check_value(where: str, kind: Any, value: Any) -> None:
     Args:
         where: begins the message.
         kind: the class, where the value itself names none.
-        value: settings, or {class_path, init_args}; anything else is not looked at.
+        value: settings, or {class_path, init_args}, or a list of them; anything else is not looked at.
     """
+    for item in value if isinstance(value, list) else ():
+        _check_value(where, kind, item)
     if isinstance(value, dict) and "class_path" in value:
         kind, value = value["class_path"], value.get("init_args")
     settings = settings_of(kind) if isinstance(kind, str) else None
@@ -89,7 +89,7 @@ def _check_value(where: str, kind: Any, value: Any) -> None:
         annotation = settings.get(key, "")
         if expected := refusal(annotation, inner):
             raise UserError(f"{where}{key}: expected {expected}, got {shorten(str(inner), 80)}.")
-        for name in annotation.replace("|", " ").split():
+        for name in re.findall(r"\w+", annotation):
             _check_value(f"{where}{key}.", name, inner)
 
 

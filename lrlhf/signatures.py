@@ -132,8 +132,9 @@ def _of_text(text: str) -> Any:
         return yaml.safe_load(text) if text.isidentifier() else text
 
 
-def _members(literal: Any) -> list[Any]:
-    return ast.literal_eval(f"[{ast.unparse(literal.slice).strip('()')}]")
+def _members(literal: Any) -> tuple[Any, ...]:
+    found = ast.literal_eval(literal.slice)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _told(kind: ast.expr) -> str:

@@ -62,11 +62,10 @@ def attend_packed(attend: Attend, query: Tensor, key: Tensor, value: Tensor, mas
         (x[:, :, :prefix], _spread(x[0, :, prefix:].transpose(0, 1), counts).transpose(1, 2))
         for x in (query, key, value)
     )
-    if not prefix:
-        return _gather(attend(q, k, v, mask), counts, query.shape[2])[None]
-    k, v = (torch.cat([x.expand(len(mask), -1, -1, -1), y], dim=2) for x, y in ((first_k, k), (first_v, v)))
-    behind = _gather(attend(q, k, v, mask), counts, query.shape[2] - prefix)
-    return torch.cat([attend(first_q, first_k, first_v, None), behind[None]], dim=1)
+    if prefix:
+        k, v = (torch.cat([x.expand(len(mask), -1, -1, -1), y], dim=2) for x, y in ((first_k, k), (first_v, v)))
+    behind = _gather(attend(q, k, v, mask), counts, query.shape[2] - prefix)[None]
+    return torch.cat([attend(first_q, first_k, first_v, None), behind], dim=1) if prefix else behind
 
 
 def _spread(tokens: Tensor, mask: Tensor) -> Tensor:

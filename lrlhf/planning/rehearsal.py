@@ -37,8 +37,8 @@ Bytes = dict[Phase, dict[str, int]]
 Moments = list[tuple[Phase, dict[str, int]]]
 """Moments that may be the peak of their phase, with bytes by kind."""
 
-FEW = (2, 3)
-"""Depths at which a deep model is rehearsed: bytes at each moment grow by the same amount with every layer."""
+FEW = 2
+"""Layers of a deep model that are rehearsed, and then one more: bytes grow by the same amount with every layer."""
 
 
 @dataclass(frozen=True)
@@ -173,24 +173,23 @@ def rehearse(job: Job) -> tuple[Bytes, Base]:
     Raises:
         UserError: settings that no run could use.
     """
-    moments, base = _rehearse(job, FEW[0])
-    if base.layers > FEW[1] and base.alike:
-        more, _ = _rehearse(job, FEW[1])
+    moments, base = _rehearse(job, FEW)
+    if base.layers > FEW:
+        more, _ = _rehearse(job, FEW + 1 if base.alike else None)
         moments = [
-            (phase, _at_depth(base.layers, few, many)) for (phase, few), (_, many) in zip(moments, more, strict=True)
+            (phase, _at_depth(base.layers, few, one_more) if base.alike else one_more)
+            for (phase, few), (_, one_more) in zip(moments, more, strict=True)
         ]
-    elif base.layers > FEW[0]:
-        moments, _ = _rehearse(job, None)
     phases: Bytes = {}
     for phase, kinds in moments:
         phases[phase] = max(phases.get(phase, {}), kinds, key=lambda found: sum(found.values()))
     return phases, base
 
 
-def _at_depth(layers: int, few: dict[str, int], many: dict[str, int]) -> dict[str, int]:
-    """The line through the bytes at two depths."""
-    a_layer = {kind: many.get(kind, 0) - few.get(kind, 0) for kind in {*few, *many}}
-    return {kind: few.get(kind, 0) + (layers - FEW[0]) * grown for kind, grown in a_layer.items()}
+def _at_depth(layers: int, few: dict[str, int], one_more: dict[str, int]) -> dict[str, int]:
+    """The line through the bytes with FEW layers and with one more."""
+    a_layer = {kind: one_more.get(kind, 0) - few.get(kind, 0) for kind in {*few, *one_more}}
+    return {kind: few.get(kind, 0) + (layers - FEW) * grown for kind, grown in a_layer.items()}
 
 
 def _rehearse(job: Job, layers: int | None) -> tuple[Moments, Base]:

@@ -118,7 +118,7 @@ def test_a_few_layers_tell_what_all_would(tmp_path, monkeypatch, settings):
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 9, "num_attention_heads": 4}
     deep = job(str(save_tiny_llama(tmp_path / "deep", vocab_size=999, **sizes)), **settings)
     told, base = rehearse(deep)
-    monkeypatch.setattr(rehearsal, "FEW", (9, 9))  # as deep as the model is
+    monkeypatch.setattr(rehearsal, "FEW", 9)  # as deep as the model is
     assert (told, base) == rehearse(deep)
     assert base.layers == 9
 
