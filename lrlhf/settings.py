@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lrlhf.errors import UserError
-from lrlhf.signatures import TRAINER, refusal, settings_of
+from lrlhf.signatures import TRAINER, fault, of_text, refusal, settings_of
 
 RUN_KEYS = ("trainer", "model", "data", "seed_everything", "ckpt_path", "fresh")
 """Top-level keys that a stage's config is written with."""
@@ -43,7 +43,8 @@ def check_configs(arguments: Sequence[str]) -> None:
     """What can be said of the files after --config, and of settings as options, before anything slow is imported.
 
     Raises:
-        UserError: a file that is missing or no YAML, a key that no run or no class has, or a value of another kind.
+        UserError: a file that is missing or no YAML, a key that no run or no class has, or a value that its class
+            refuses whatever the others are.
     """
     kinds: dict[str, Any] = {"trainer": TRAINER}
     for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)]):
@@ -85,10 +86,13 @@ def _check_value(where: str, kind: Any, value: Any) -> None:
     if settings is None or not isinstance(value, dict):
         return
     _check_keys(where, value, tuple(settings), tuple(settings))
+    file = where.partition("config key ")[0]
     for key, inner in value.items():
         annotation = settings.get(key, "")
         if expected := refusal(annotation, inner):
             raise UserError(f"{where}{key}: expected {expected}, got {shorten(str(inner), 80)}.")
+        if told := fault(kind, key, of_text(inner) if isinstance(inner, str) else inner):
+            raise UserError(f"{file}{told}")
         for name in re.findall(r"\w+", annotation):
             _check_value(f"{where}{key}.", name, inner)
 

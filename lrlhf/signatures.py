@@ -1,17 +1,22 @@
 """What a config can tell lrlhf's classes and Lightning's trainer, read from their source: importing takes seconds."""
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
 from lrlhf import _HOMES
+from lrlhf.errors import UserError
 
 PACKAGE = Path(__file__).parent
 TRAINER = "lightning.Trainer"
+CHECKING = ("__init__", "__post_init__", "_refuse_bad_settings")
+"""Methods in which a class of lrlhf looks at its own settings."""
 
 
 def settings_of(class_path: str) -> dict[str, str] | None:
@@ -22,10 +27,8 @@ def settings_of(class_path: str) -> dict[str, str] | None:
     """
     if class_path == TRAINER:
         return _settings("Trainer", _trainer())
-    package, _, name = class_path.rpartition(".")
-    if package.split(".")[0] not in ("", "lrlhf") or name not in _HOMES:
-        return None
-    return _settings(name, _home(_HOMES[name]))
+    found = _public(class_path)
+    return found and _settings(*found)
 
 
 def refusal(annotation: str, value: Any) -> str | None:
@@ -39,6 +42,52 @@ def refusal(annotation: str, value: Any) -> str | None:
     if any(_may_be(kind, value) for kind in kinds):
         return None
     return " or ".join(_told(kind) for kind in kinds)
+
+
+def fault(class_path: str, key: str, value: Any) -> str | None:
+    """What a class of lrlhf says of one setting when it is made; None where it takes it, or needs others to tell.
+
+    Args:
+        class_path: lrlhf.LoRA, or LoRA.
+        key: one of its settings.
+        value: of YAML, a number as such.
+    """
+    found = _public(class_path)
+    for check, names in _checks(*found) if found else ():
+        scope = {"UserError": UserError, "self": SimpleNamespace(**{key: value}), key: value, **names}
+        try:
+            exec(compile(ast.Module([check], []), "<check>", "exec"), scope)
+        except UserError as error:
+            return str(error)
+        except (NameError, AttributeError, TypeError):
+            continue
+    return None
+
+
+def _public(class_path: str) -> tuple[str, dict[str, ast.stmt]] | None:
+    """Its name and what its home defines, if it is lrlhf's."""
+    package, _, name = class_path.rpartition(".")
+    if package.split(".")[0] not in ("", "lrlhf") or name not in _HOMES:
+        return None
+    return name, _home(_HOMES[name])
+
+
+def _checks(name: str, classes: dict[str, ast.stmt]) -> Iterator[tuple[ast.stmt, dict[str, Any]]]:
+    """Each `if ...: raise ...` of its checking methods, and of its base class's, with the variable of a loop around."""
+    node = classes.get(name)
+    if not isinstance(node, ast.ClassDef):
+        return
+    for method in [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name in CHECKING]:
+        for statement in method.body:
+            loops: list[dict[str, Any]] = [{}]
+            body = [statement]
+            if isinstance(statement, ast.For) and isinstance(statement.iter, ast.Tuple):
+                words = [word.value for word in statement.iter.elts if isinstance(word, ast.Constant)]
+                loops, body = [{ast.unparse(statement.target): word} for word in words], statement.body
+            checks = [node for node in body if isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise)]
+            yield from ((check, names) for names in loops for check in checks)
+    for base in node.bases:
+        yield from _checks(ast.unparse(base), classes)
 
 
 def _settings(name: str, classes: dict[str, ast.stmt]) -> dict[str, str] | None:
@@ -108,7 +157,7 @@ def _may_be(kind: ast.expr, value: Any) -> bool:
     """Whether a parser might take the value for this kind; numbers and truths may come as text."""
     name = ast.unparse(kind.value if isinstance(kind, ast.Subscript) else kind)
     if isinstance(value, str) and name in ("int", "float", "bool", "None"):
-        value = _of_text(value)
+        value = of_text(value)
     if name == "None":
         return value is None
     if name in ("int", "float"):
@@ -124,10 +173,11 @@ def _may_be(kind: ast.expr, value: Any) -> bool:
     return True
 
 
-def _of_text(text: str) -> Any:
+def of_text(text: str) -> Any:
     """The number, truth or null that a text stands for, or the text."""
     try:
-        return float(text)
+        number = float(text)
+        return int(number) if number.is_integer() else number
     except ValueError:
         return yaml.safe_load(text) if text.isidentifier() else text
 

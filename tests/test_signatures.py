@@ -11,8 +11,9 @@ import pytest
 import lrlhf
 from lrlhf import _HOMES
 from lrlhf.errors import UserError
+from lrlhf.handover import Handover
 from lrlhf.settings import check_configs
-from lrlhf.signatures import refusal, settings_of
+from lrlhf.signatures import fault, refusal, settings_of
 
 
 def arguments(kind: type) -> set[str] | None:
@@ -80,6 +81,52 @@ def test_nothing_is_told_of_a_value_that_a_parser_might_take(annotation, values)
     assert [refusal(annotation, value) for value in values] == [None] * len(values)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "others"),
+    [
+        ("LoRA", "r", 0, {}),
+        ("LoRA", "dropout", 1, {}),
+        ("LoRA", "targets", [], {}),
+        ("LoRA", "options", {"init_lora_weights": "pissa"}, {}),
+        ("Sampling", "top_p", 0, {}),
+        ("Schedule", "warmup", -1, {}),
+        ("SFT", "micro_batch_size", 0, {}),
+        ("SFT", "sft", "folder", {}),
+        ("RewardModel", "centering", -1, {}),
+        ("PPOPolicy", "inner_epochs", 0, {"reward_function": "lrlhf.rewards.sentiment"}),
+        ("PPOPolicy", "trace_decay", 1.5, {"reward_function": "lrlhf.rewards.sentiment"}),
+        ("PPOPolicy", "max_grad_norm", 0, {"reward_function": "lrlhf.rewards.sentiment"}),
+        ("AlpacaDataModule", "val_limit", 0, {}),
+        ("AdaptiveCoefficient", "rate", 0, {"target": 1}),
+        ("DivergenceCallback", "coefficient", -1, {}),
+        ("Checkpoints", "keep", 1, {}),
+        ("RewardLimit", "limit", -0.5, {}),
+    ],
+)
+def test_what_a_class_says_of_a_setting_is_told_in_its_words(monkeypatch, name, key, value, others):
+    monkeypatch.setattr(Handover, "read", lambda folder: None)
+    with pytest.raises(UserError) as refused:
+        getattr(lrlhf, name)(**{key: value}, **others)
+    assert fault(f"lrlhf.{name}", key, value) == str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("PPOPolicy", "reward_model", None),
+        ("SFT", "lora", None),
+        ("AlpacaDataModule", "val_split", "val"),
+        ("DivergenceCallback", "coefficient", {"class_path": "lrlhf.AdaptiveCoefficient"}),
+        ("LoRA", "r", 1),
+        ("Sampling", "top_p", 1),
+        ("AlpacaDataModule", "limit", None),
+        ("torch.optim.AdamW", "lr", -1),
+    ],
+)
+def test_a_setting_that_may_be_right_is_no_fault(name, key, value):
+    assert fault(name, key, value) is None
+
+
 def test_those_that_a_config_names_are_told():
     for name in ("SFT", "RewardModel", "PPOPolicy", "AlpacaDataModule", "DivergenceCallback", "Sampling", "Schedule"):
         assert settings_of(name)
@@ -114,6 +161,7 @@ BASE = "model: {class_path: lrlhf.SFT, init_args: {dtype: float32}}"
         ),
         ([BASE, "model: {init_args: {lora: {r: eight}}}"], "model.lora.r: expected int, got eight."),
         ([BASE, "model: {init_args: {dtype: int8}}"], "model.dtype: expected one of 'float32', .*, got int8."),
+        ([BASE, "model: {init_args: {micro_batch_size: 0}}"], "model.micro_batch_size=0 must be at least 1."),
         (["trainer: {max_epoch: 3}"], "trainer.max_epoch: .* the nearest is max_epochs."),
         (["trainer: {max_epochs: three}"], "trainer.max_epochs: expected int or null, got three."),
         ([COEFFICIENT % "targett"], "trainer.callbacks.coefficient.targett: .* the nearest is target."),
@@ -124,7 +172,7 @@ def test_an_unknown_key_or_a_bad_value_is_refused_without_importing_torch(tmp_pa
     for file, text in zip(files, texts, strict=True):
         file.write_text(text)
     options = [word for file in files for word in ("--config", str(file))]
-    with pytest.raises(UserError, match=f"{len(texts) - 1}.yaml: config key {expected}"):
+    with pytest.raises(UserError, match=f"{len(texts) - 1}.yaml: (config key )?{expected}"):
         check_configs(options)
     code = f"""
 import sys
@@ -167,11 +215,12 @@ def test_a_class_given_as_an_option_counts(tmp_path):
     [
         (["--model", "lrlhf.PPOPolicy", "--model.lora.r", "x"], "model.lora.r: expected int, got x."),
         (["--model.class_path=lrlhf.SFT", "--model.init_args.schedule.nam=z"], "model.schedule.nam: there is no"),
+        (["--model=lrlhf.SFT", "--model.lora.dropout", "1.5"], "lora.dropout=1.5 must lie in"),
         (["--trainer.max_epochs=two"], "trainer.max_epochs: expected int or null, got two."),
     ],
 )
 def test_settings_given_as_options_are_checked_too(options, expected):
-    with pytest.raises(UserError, match=f"^config key {expected}"):
+    with pytest.raises(UserError, match=f"^(config key )?{expected}"):
         check_configs(options)
 
 

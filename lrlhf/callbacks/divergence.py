@@ -37,8 +37,9 @@ class AdaptiveCoefficient:
     """Clip of the relative error; 0.2 in AlpacaFarm and Ziegler et al."""
 
     def __post_init__(self):
-        if self.target <= 0 or self.initial <= 0 or self.rate <= 0 or self.limit <= 0:
-            raise UserError("coefficient: target, initial, rate and limit of AdaptiveCoefficient must be positive.")
+        for name in ("target", "initial", "rate", "limit"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"coefficient: {name}={getattr(self, name)} of AdaptiveCoefficient must be positive.")
 
     def next(self, coefficient: float, divergence: float) -> float:
         """The coefficient after an iteration whose responses had this divergence on average; NaN moves nothing."""

@@ -76,16 +76,6 @@ class AlpacaDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ):
         super().__init__()
-        for name, number in {
-            "batch_size": batch_size,
-            "val_batch_size": val_batch_size,
-            "max_prompt_tokens": max_prompt_tokens,
-            "max_response_tokens": max_response_tokens,
-            "limit": limit,
-            "val_limit": val_limit,
-        }.items():
-            if number is not None and number < 1:
-                raise UserError(f"data.{name}={number} must be at least 1.")
         if num_workers < 0:
             raise UserError(f"data.num_workers={num_workers} must not be negative.")
         for name in filter(None, (train_split, val_split)):
@@ -105,6 +95,9 @@ class AlpacaDataModule(L.LightningDataModule):
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.limit, self.val_limit = limit, val_limit
         self.group_by_length, self.num_workers = group_by_length, num_workers
+        for name in ("batch_size", "val_batch_size", "max_prompt_tokens", "max_response_tokens", "limit", "val_limit"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise UserError(f"data.{name}={number} must be at least 1.")
         self.rows: dict[str, list[Tokenized]] = {}
         self.dropped: Counter[str] = Counter()
         self._ties: Counter[str] = Counter()
