@@ -93,20 +93,32 @@ class LoRA:
 class AdaptedLinear(LoraLinear):
     """peft's linear layer under plain adapters, in fewer passes over memory; peft does DoRA, dropout and biases."""
 
+    held: list[tuple[Tensor, Tensor]] | None = None
+    """The factors in the base's type while a role runs without gradients: sampling would make them for each token."""
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]: the layer beneath, and W x + (alpha / r) B A x for each active adapter in turn."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or not names:
-            return self.base_layer(x)
-        if self.merged or not all(map(self._is_plain, names)):
+        factors = self.factors() if self.held is None or torch.is_grad_enabled() else self.held
+        if factors is None:
             return super().forward(x)
         result = self.base_layer(x)
         x = x.to(result.dtype)
-        for name in names:
-            down: Any = self.lora_A[name].weight
-            up: Any = self.lora_B[name].weight * self.scaling[name]
+        for down, up in factors:
             result = add_low_rank(result, x, down.to(x.dtype), up.to(x.dtype))
         return result
+
+    def factors(self) -> list[tuple[Tensor, Tensor]] | None:
+        """A [R, I] and (alpha / r) B [O, R], fp32, of each active adapter; None where they are not all there is."""
+        names: Any = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if self.merged or not all(map(self._is_plain, names)):
+            return None
+        layers: Any = [(self.lora_A[name], self.lora_B[name], self.scaling[name]) for name in names]
+        return [(down.weight, up.weight * scale) for down, up, scale in layers]
+
+    def hold(self, dtype: torch.dtype | None) -> None:
+        """Keep the factors in `dtype` until the next call, which must come before they change; None keeps none."""
+        factors = self.factors() if dtype else None
+        self.held = factors and [(down.to(dtype), up.to(dtype)) for down, up in factors]
 
     def _is_plain(self, name: str) -> bool:
         dropout = self.lora_dropout[name]
@@ -213,12 +225,15 @@ class Backbone(nn.Module):
     def _activate(self, role: str | None) -> None:
         """At rest (None) no adapter is active and the parameters of every trainable role require gradients."""
         stack = list(self.stacks[role]) if role else []
+        held = self.model.dtype if role and not torch.is_grad_enabled() else None
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
                 layer.cast_input_dtype_enabled = False
                 layer.enable_adapters(bool(stack))
                 if stack:
                     layer.set_adapter(stack)
+            if isinstance(layer, AdaptedLinear):
+                layer.hold(held)
         self.requires_grad_(False)
         for parameter in self.trainable(role):
             parameter.requires_grad_(True)

@@ -19,7 +19,13 @@ def add_low_rank(result: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     Returns:
         [..., O].
     """
-    return _AddLowRank.apply(result, x, down, up)
+    if torch.is_grad_enabled():
+        return _AddLowRank.apply(result, x, down, up)
+    return _add(result, x.flatten(0, -2) @ down.t(), up)
+
+
+def _add(result: Tensor, between: Tensor, up: Tensor) -> Tensor:
+    return torch.addmm(result.flatten(0, -2), between, up.t()).view(result.shape)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -28,7 +34,7 @@ class _AddLowRank(torch.autograd.Function):
         rows = x.flatten(0, -2)
         between = rows @ down.t()
         ctx.save_for_backward(rows, down, up, between)
-        return torch.addmm(result.flatten(0, -2), between, up.t()).view(result.shape)
+        return _add(result, between, up)
 
     @staticmethod
     @once_differentiable
