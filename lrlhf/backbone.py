@@ -204,11 +204,14 @@ class Backbone(nn.Module):
 
     @contextmanager
     def role(self, name: str) -> Iterator["Backbone"]:
-        """Run as `name`: its stack is active and exactly its parameters require gradients, until the block ends."""
+        """Run as `name`: its stack is active and exactly its parameters require gradients, until the block ends.
+
+        In a block that is entered without gradients the weights must stay as they are.
+        """
         if name not in self.stacks:
             raise ValueError(f"there is no role {name!r}, only {', '.join(self.stacks)}")
         before, self._role = self._role, name
-        self._activate(name)
+        self._activate(name, hold=not torch.is_grad_enabled())
         try:
             yield self
         finally:
@@ -222,10 +225,9 @@ class Backbone(nn.Module):
         unique = {id(p): p for parameters in self._trainable.values() for p in parameters}
         return list(unique.values())
 
-    def _activate(self, role: str | None) -> None:
+    def _activate(self, role: str | None, *, hold: bool = False) -> None:
         """At rest (None) no adapter is active and the parameters of every trainable role require gradients."""
         stack = list(self.stacks[role]) if role else []
-        held = self.model.dtype if role and not torch.is_grad_enabled() else None
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
                 layer.cast_input_dtype_enabled = False
@@ -233,7 +235,7 @@ class Backbone(nn.Module):
                 if stack:
                     layer.set_adapter(stack)
             if isinstance(layer, AdaptedLinear):
-                layer.hold(held)
+                layer.hold(self.model.dtype if hold else None)
         self.requires_grad_(False)
         for parameter in self.trainable(role):
             parameter.requires_grad_(True)

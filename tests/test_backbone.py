@@ -159,6 +159,27 @@ def test_the_same_role_gives_the_same_bits_whatever_is_adapted_or_trains(tiny_ll
     assert torch.equal(encode(made, "reference", batch), before)
 
 
+def test_weights_that_changed_between_two_passes_are_seen_by_the_second(backbone):
+    """What a role without gradients keeps of its adapters ends with it, also where roles are nested."""
+    randomize(backbone, "policy")
+    batch = sequences()
+    with backbone.role("policy"):
+        with torch.no_grad(), backbone.role("reference"):
+            backbone.encode(batch)
+        before = backbone.encode(batch).detach()
+        with torch.no_grad():
+            assert torch.equal(backbone.encode(batch), before)
+            randomize(backbone, "policy")
+            inside = backbone.encode(batch)
+    assert not torch.allclose(inside, before)
+    assert torch.equal(encode(backbone, "policy", batch), inside)
+    randomize(backbone, "policy")
+    assert not torch.allclose(encode(backbone, "policy", batch), inside)
+    with backbone.role("policy"):
+        trained = backbone.encode(batch).detach()
+    assert torch.equal(encode(backbone, "policy", batch), trained)
+
+
 def test_a_write_to_the_base_is_seen(backbone):
     with torch.no_grad():
         backbone.model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.5
