@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrlhf.errors import UserError
-from lrlhf.settings import import_function, read_yaml
+from lrlhf.settings import check_configs, import_function, read_yaml
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -90,6 +90,8 @@ def align(arguments: list[str]) -> None:
     plan = Plan.read(arguments)
     if plan.compare.get("gold"):
         import_function(plan.compare["gold"])
+    for stage in plan.stages:
+        check_configs(_arguments(plan, stage))
     upstream = ""
     for stage in plan.stages:
         upstream = _run_stage(plan, stage, upstream)
@@ -105,11 +107,7 @@ def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
     """Fit one stage unless it is done; its fingerprint."""
     from lrlhf.lightning_cli import run_stage
 
-    folder = plan.run / stage
-    arguments = ["fit"]
-    for file in plan.stages[stage]:
-        arguments += ["--config", file]
-    arguments += ["--trainer.default_root_dir", str(folder), *_links(plan, stage), *plan.overrides[stage]]
+    folder, arguments = plan.run / stage, _arguments(plan, stage)
     contents = [Path(file).read_text() for file in plan.stages[stage] if Path(file).is_file()]
     fingerprint = hashlib.sha256(json.dumps([upstream, arguments, contents]).encode()).hexdigest()[:16]
     record = folder / "stage.json"
@@ -125,6 +123,13 @@ def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
     run_stage(arguments)
     _write_record(record, {"fingerprint": fingerprint, "seconds": round(time.perf_counter() - start, 1)})
     return fingerprint
+
+
+def _arguments(plan: Plan, stage: str) -> list[str]:
+    """Of the `lrlhf` command that fits the stage."""
+    files = [word for file in plan.stages[stage] for word in ("--config", file)]
+    folder = str(plan.run / stage)
+    return ["fit", *files, "--trainer.default_root_dir", folder, *_links(plan, stage), *plan.overrides[stage]]
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -82,6 +82,21 @@ def test_the_comparison_and_the_page_are_written(aligned):
     assert "<html" in (run / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("model.init_args.clip_range", "-1", "clip_range=-1 must be positive"),
+        ("data.limt", "3", "the nearest is limit"),
+    ],
+)
+def test_a_fault_of_the_last_stage_is_told_before_the_first_begins(aligned, tmp_path, capsys, setting, value, words):
+    _run, arguments = aligned
+    with pytest.raises(SystemExit):
+        main([*arguments, "--run", str(tmp_path / "run"), f"--ppo.{setting}", value])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_stages_that_are_done_are_skipped_and_a_change_runs_what_follows_it(aligned, capsys):
     _run, arguments = aligned
     main(arguments)

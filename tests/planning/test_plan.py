@@ -132,6 +132,25 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(llama, settings):
         assert plan.counted(phase) == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.parametrize("stage", ["SFT", "RewardModel"])
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}], ids=str)
+def test_so_is_that_of_the_stages_before(llama, stage, settings):
+    values = {
+        "base_model": llama,
+        "sft": "runs/sft/handover" if stage == "RewardModel" else None,
+        "lora": {"r": 8},
+        "dtype": "float32",
+        "quantize": None,
+        "gradient_checkpointing": False,
+        "micro_batch_size": 8,
+        **settings,
+    }
+    little = small(Job({"class_path": f"lrlhf.{stage}", "init_args": values}, 48, 80, 32))
+    plan, measured = Plan(little), measure(little)
+    assert plan.counted(plan.peak) == pytest.approx(max(measured.values()), rel=0.1)
+    assert set(measured) == {"update"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
