@@ -1,5 +1,6 @@
 """What the allocator says of two real iterations, the second with the optimizer's state: the plan's counterpart."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -62,6 +63,7 @@ def measure(job: Job) -> dict[Phase, int]:
         callbacks=[DivergenceCallback()] if module.task == "prompts" else [],
     )
     loader: Any = DataLoader([batch, batch], batch_size=None)  # type: ignore[arg-type]
+    gc.collect()  # what is freed later counts against this job
     static = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _weights(module)}.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         trainer.fit(module, loader)
