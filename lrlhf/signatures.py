@@ -59,8 +59,8 @@ def fault(class_path: str, key: str, value: Any) -> str | None:
             exec(compile(ast.Module([check], []), "<check>", "exec"), scope)
         except UserError as error:
             return str(error)
-        except (NameError, AttributeError, TypeError):
-            continue
+        except Exception:
+            continue  # it needs what only the class has
     return None
 
 
