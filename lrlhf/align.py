@@ -88,10 +88,10 @@ def align(arguments: list[str]) -> None:
         print(USAGE)
         return
     plan = Plan.read(arguments)
-    if plan.compare.get("gold"):
-        import_function(plan.compare["gold"])
     for stage in plan.stages:
         check_configs(_arguments(plan, stage))
+    if plan.compare.get("gold"):
+        import_function(plan.compare["gold"])
     upstream = ""
     for stage in plan.stages:
         upstream = _run_stage(plan, stage, upstream)
