@@ -93,6 +93,7 @@ def quiet() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*is_gradient_checkpointing.*",
+        ".*gradient_checkpointing_enable.*",
         ".*in eval mode at the start of training.*",
         ".*LeafSpec.*",
         ".*checkpoint directory.*exists.*",

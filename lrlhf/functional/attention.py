@@ -31,9 +31,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         square = torch.ones(length, keys, dtype=torch.bool, device=query.device)
         mask = square.tril(keys - length)[None, None]
     query, key, value = (x.reshape(rows * groups, -1, width) for x in (query, key, value))
-    return _Attention.apply(query, key, value, mask.expand(rows, 1, length, keys), scale).view(
-        rows, heads, length, width
-    )
+    inputs = query, key, value, mask.expand(rows, 1, length, keys), scale
+    result = _Attention.apply(*inputs) if torch.is_grad_enabled() else _attend(*inputs)
+    return result.view(rows, heads, length, width)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return torch.bmm(_weights(query, key, mask, scale), value)
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -50,7 +54,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
         ctx.scale = scale
-        return torch.bmm(_weights(query, key, mask, scale), value)
+        return _attend(query, key, value, mask, scale)
 
     @staticmethod
     @once_differentiable

@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ours = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
     if not ours or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
-    product = _Linear.apply(x, weight)
+    product = _Linear.apply(x, weight) if torch.is_grad_enabled() else _product(x, weight)
     return product if bias is None else product + bias
 
 

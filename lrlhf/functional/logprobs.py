@@ -36,7 +36,11 @@ def chunk_size(device: torch.device) -> int:
 
 def log_softmax(hidden: Tensor, head: Head, temperature: float) -> Tensor:
     """Log-probabilities of the distribution that is sampled: log softmax(logits / temperature), fp32 [N, V]."""
-    logits = head(hidden).float()
+    return _normalize(head(hidden), temperature)
+
+
+def _normalize(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float()
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
@@ -100,8 +104,7 @@ class _OnFrozenHead(torch.autograd.Function):
         with torch.enable_grad():
             rows = rows.detach().requires_grad_()
             logits = head(rows)
-        scaled = logits.detach().float()
-        everything = torch.log_softmax(scaled if temperature == 1 else scaled / temperature, dim=-1)
+        everything = _normalize(logits.detach(), temperature)
         probabilities = everything.exp()
         entropy = -torch.linalg.vecdot(probabilities, everything)
 

@@ -18,7 +18,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [..., H] in the dtype of `x`.
     """
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normalize(x, weight, eps)[0]
+
+
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and 1 / rms(x), which is at least fp32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.rsqrt(torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps)
+    result = torch.mul(wide, inverse[..., None], out=None if wide is x else wide)
+    return result.mul_(weight).to(x.dtype), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -26,11 +34,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.rsqrt(torch.linalg.vecdot(wide, wide) / x.shape[-1] + eps)
+        result, inverse = _normalize(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        result = torch.mul(wide, inverse[..., None], out=None if wide is x else wide)
-        return result.mul_(weight).to(x.dtype)
+        return result
 
     @staticmethod
     @once_differentiable

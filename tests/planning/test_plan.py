@@ -95,6 +95,7 @@ CONFIGS = [
     {"lora": None, "sft": None},
     {"lora": None, "sft": None, "gradient_checkpointing": True},
     {"lora": None, "sft": None, "prompt": 48, "response": 80},
+    {"reward_model": None, "reward_function": "lrlhf.rewards.vader_sentiment"},
 ]
 
 
