@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             verify_resume(rest)
         elif command in ("fit", "validate", "test", "predict"):
-            from lrlhf.settings import check_configs
+            from lrlhf.settings import check_run
 
-            check_configs(rest)
+            check_run(command, rest)
             from lrlhf.lightning_cli import run_stage
 
             run_stage([command, *rest])

@@ -16,6 +16,7 @@ import torch
 
 from lrlhf.backbone import Backbone
 from lrlhf.errors import UserError
+from lrlhf.paths import manifest
 from lrlhf.pretrained import fingerprint_tokenizer
 from lrlhf.types import Sequences
 
@@ -49,9 +50,7 @@ class Handover:
         Raises:
             UserError: no folder, no manifest, or a damaged one.
         """
-        path = Path(folder).expanduser() / "manifest.json"
-        if not path.is_file():
-            raise UserError(f"{folder} is no hand-over folder (no manifest.json in it); run the stage before first.")
+        path = manifest(folder)
         try:
             values = json.loads(path.read_text())
             handover = cls(folder=path.parent, **{**values, "stack": tuple(values["stack"])})

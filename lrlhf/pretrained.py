@@ -173,7 +173,8 @@ def with_gates(model: Any) -> Any:
     """Let a model's gated layers keep less for their backward pass."""
     for module in model.modules():
         if type(module).__name__ in GATED and model.config.hidden_act == "silu":
-            module.__class__ = _gated(type(module))
+            kind: Any = type(module)
+            module.__class__ = _gated(kind)
     return model
 
 

@@ -1,7 +1,7 @@
 """What a user wrote in a config file: its keys, and the names that it imports."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from lrlhf.errors import UserError
-from lrlhf.signatures import TRAINER, fault, of_text, refusal, settings_of
+from lrlhf.paths import data_file, manifest
+from lrlhf.signatures import TRAINER, defaults_of, fault, of_text, refusal, settings_of
 
 RUN_KEYS = ("trainer", "model", "data", "seed_everything", "ckpt_path", "fresh")
 """Top-level keys that a stage's config is written with."""
@@ -47,27 +48,73 @@ def check_configs(arguments: Sequence[str]) -> None:
             refuses whatever the others are.
     """
     kinds: dict[str, Any] = {"trainer": TRAINER}
+    for where, part, kind, settings in _given(arguments):
+        kinds[part] = kind or kinds.get(part)
+        _check_value(where, kinds[part], settings)
+
+
+def check_run(command: str, arguments: Sequence[str]) -> None:
+    """As `check_configs`, and what can be said of all settings of model and data together.
+
+    Raises:
+        UserError: settings that contradict each other, or a data file or hand-over folder that is not there.
+    """
+    check_configs(arguments)
+    if any(word.split("=")[0] in ("-h", "--help", "--print_config") for word in arguments):
+        return
+    kinds: dict[str, str] = {}
+    together: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
+    for _, part, kind, settings in _given(arguments):
+        if part in together:
+            kinds[part] = kind or kinds.get(part, "")
+            together[part] |= settings if isinstance(settings, dict) else {}
+    for part, kind in kinds.items():
+        known = settings_of(kind) or ()
+        settings = {key: _read(value) for key, value in together[part].items() if key in known}
+        if told := fault(kind, defaults_of(kind) | settings):
+            raise UserError(told)
+        for key in ("sft", "reward_model"):
+            for folder in _listed(settings.get(key)):
+                manifest(folder)
+        for key in ("train", "val") if command == "fit" else ():
+            for source in _listed(settings.get(key)):
+                data_file(source)
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any, Any]]:
+    """What each file and option says of trainer, model and data, in their order.
+
+    Yields:
+        how a message about it begins, the part, its class if it is named there, and settings.
+    """
     for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)]):
         path, (part, *keys) = Path(value), option.split(".")
         if part in ("--model", "--data") and keys in ([], ["class_path"]):
-            kinds[part[2:]] = value
+            yield "", part[2:], value, None
         elif part in ("--model", "--data", "--trainer") and keys != ["help"] and not option.endswith("+"):
             setting: Any = value
             for key in reversed([key for key in keys if key != "init_args"]):
                 setting = {key: setting}
-            _check_value(f"config key {part[2:]}.", kinds.get(part[2:]), setting)
+            yield f"config key {part[2:]}.", part[2:], None, setting
         elif option in ("--config", "-c") and (path.is_file() or path.suffix in (".yaml", ".yml")):
-            _check_file(path, kinds)
+            values = read_yaml(path, "keys such as trainer, model and data")
+            _check_keys(f"{path}: config key ", values, RUN_KEYS, RUN_KEYS + LIGHTNING_KEYS)
+            for part in ("model", "data", "trainer"):
+                inner = values.get(part)
+                if isinstance(inner, dict):
+                    settings = inner.get("init_args", inner)
+                    yield f"{path}: config key {part}.", part, inner.get("class_path"), settings
 
 
-def _check_file(path: Path, kinds: dict[str, Any]) -> None:
-    keys = read_yaml(path, "keys such as trainer, model and data")
-    _check_keys(f"{path}: config key ", keys, RUN_KEYS, RUN_KEYS + LIGHTNING_KEYS)
-    for part in ("model", "data", "trainer"):
-        value = keys.get(part)
-        if isinstance(value, dict):
-            kinds[part] = value.get("class_path", kinds.get(part))
-            _check_value(f"{path}: config key {part}.", kinds[part], value.get("init_args", value))
+def _read(value: Any) -> Any:
+    """A value as YAML means it, where it may have come as the text of an option."""
+    return of_text(value) if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> list[str]:
+    """The texts of a setting that may be null, one text or several."""
+    found = yaml.safe_load(value) if isinstance(value, str) and value.startswith("[") else value
+    return [item for item in (found if isinstance(found, list) else [found]) if isinstance(item, str)]
 
 
 def _check_value(where: str, kind: Any, value: Any) -> None:
@@ -91,7 +138,7 @@ def _check_value(where: str, kind: Any, value: Any) -> None:
         annotation = settings.get(key, "")
         if expected := refusal(annotation, inner):
             raise UserError(f"{where}{key}: expected {expected}, got {shorten(str(inner), 80)}.")
-        if told := fault(kind, key, of_text(inner) if isinstance(inner, str) else inner):
+        if told := fault(kind, {key: _read(inner)}):
             raise UserError(f"{file}{told}")
         for name in re.findall(r"\w+", annotation):
             _check_value(f"{where}{key}.", name, inner)

@@ -31,6 +31,12 @@ def settings_of(class_path: str) -> dict[str, str] | None:
     return found and _settings(*found)
 
 
+def defaults_of(class_path: str) -> dict[str, Any]:
+    """The settings that a public class of lrlhf can do without, each as it is or, where that needs imports, `...`."""
+    found = _public(class_path)
+    return _defaults(*found) if found else {}
+
+
 def refusal(annotation: str, value: Any) -> str | None:
     """What was expected instead of a value from a config; None where it fits, or where nobody can tell without imports.
 
@@ -44,17 +50,16 @@ def refusal(annotation: str, value: Any) -> str | None:
     return " or ".join(_told(kind) for kind in kinds)
 
 
-def fault(class_path: str, key: str, value: Any) -> str | None:
-    """What a class of lrlhf says of one setting when it is made; None where it takes it, or needs others to tell.
+def fault(class_path: str, settings: dict[str, Any]) -> str | None:
+    """What a class of lrlhf says of settings when it is made; None where it takes them, or needs others to tell.
 
     Args:
         class_path: lrlhf.LoRA, or LoRA.
-        key: one of its settings.
-        value: of YAML, a number as such.
+        settings: one, some or all of its settings, values of YAML, numbers as such.
     """
     found = _public(class_path)
     for check, names in _checks(*found) if found else ():
-        scope = {"UserError": UserError, "self": SimpleNamespace(**{key: value}), key: value, **names}
+        scope = {"UserError": UserError, "self": SimpleNamespace(**settings), **settings, **names}
         try:
             exec(compile(ast.Module([check], []), "<check>", "exec"), scope)
         except UserError as error:
@@ -73,7 +78,10 @@ def _public(class_path: str) -> tuple[str, dict[str, ast.stmt]] | None:
 
 
 def _checks(name: str, classes: dict[str, ast.stmt]) -> Iterator[tuple[ast.stmt, dict[str, Any]]]:
-    """Each `if ...: raise ...` of its checking methods, and of its base class's, with the variable of a loop around."""
+    """Each `if ...: raise ...` of its checking methods, and of its base class's, with the variable of a loop around.
+
+    A loop over settings, whose values nobody knows yet, comes whole.
+    """
     node = classes.get(name)
     if not isinstance(node, ast.ClassDef):
         return
@@ -84,10 +92,16 @@ def _checks(name: str, classes: dict[str, ast.stmt]) -> Iterator[tuple[ast.stmt,
             if isinstance(statement, ast.For) and isinstance(statement.iter, ast.Tuple):
                 words = [word.value for word in statement.iter.elts if isinstance(word, ast.Constant)]
                 loops, body = [{ast.unparse(statement.target): word} for word in words], statement.body
-            checks = [node for node in body if isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise)]
+            checks = [node for node in body if _raises(node)]
             yield from ((check, names) for names in loops for check in checks)
     for base in node.bases:
         yield from _checks(ast.unparse(base), classes)
+
+
+def _raises(node: ast.stmt) -> bool:
+    if isinstance(node, ast.For):
+        return all(map(_raises, node.body))
+    return isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise)
 
 
 def _settings(name: str, classes: dict[str, ast.stmt]) -> dict[str, str] | None:
@@ -105,6 +119,26 @@ def _settings(name: str, classes: dict[str, ast.stmt]) -> dict[str, str] | None:
         return None
     fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
     return {ast.unparse(f.target): _annotation(f.annotation, classes) for f in fields}
+
+
+def _defaults(name: str, classes: dict[str, ast.stmt]) -> dict[str, Any]:
+    """Of the arguments of __init__, and of its base class's."""
+    node: Any = classes.get(name)
+    makes = [f for f in getattr(node, "body", ()) if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
+    if not makes:
+        return {}
+    own = makes[0].args
+    last = [a.arg for a in own.args][len(own.args) - len(own.defaults) :]
+    pairs = [*zip(last, own.defaults, strict=True), *zip((a.arg for a in own.kwonlyargs), own.kw_defaults, strict=True)]
+    above = _defaults(ast.unparse(node.bases[0]), classes) if own.kwarg and node.bases else {}
+    return above | {name: _constant(default) for name, default in pairs if default is not None}
+
+
+def _constant(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ...
 
 
 def _annotation(node: ast.expr | None, names: dict[str, ast.stmt]) -> str:

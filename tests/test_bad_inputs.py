@@ -430,7 +430,7 @@ ALIGN: dict[str, tuple[Case, list[str]]] = {
         ["unknown key compare.golden", "gold, prompts, count"],
     ),
     "a gold reward that cannot be imported": (
-        lambda lab: lab.align({"stages": STAGES, "compare": {"gold": "nowhere.reward"}}),
+        lambda lab: lab.align({"stages": {"sft": [lab.fit("sft")[-1]]}, "compare": {"gold": "nowhere.reward"}}),
         ["nowhere.reward cannot be imported; give the import path of a function"],
     ),
     "a stage's file is missing": (

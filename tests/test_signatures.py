@@ -12,8 +12,8 @@ import lrlhf
 from lrlhf import _HOMES
 from lrlhf.errors import UserError
 from lrlhf.handover import Handover
-from lrlhf.settings import check_configs
-from lrlhf.signatures import fault, refusal, settings_of
+from lrlhf.settings import check_configs, check_run
+from lrlhf.signatures import defaults_of, fault, refusal, settings_of
 
 
 def arguments(kind: type) -> set[str] | None:
@@ -107,7 +107,7 @@ def test_what_a_class_says_of_a_setting_is_told_in_its_words(monkeypatch, name, 
     monkeypatch.setattr(Handover, "read", lambda folder: None)
     with pytest.raises(UserError) as refused:
         getattr(lrlhf, name)(**{key: value}, **others)
-    assert fault(f"lrlhf.{name}", key, value) == str(refused.value)
+    assert fault(f"lrlhf.{name}", {key: value}) == str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_a_class_says_of_a_setting_is_told_in_its_words(monkeypatch, name, 
     ],
 )
 def test_a_setting_that_may_be_right_is_no_fault(name, key, value):
-    assert fault(name, key, value) is None
+    assert fault(name, {key: value}) is None
 
 
 def test_those_that_a_config_names_are_told():
@@ -229,6 +229,112 @@ def test_settings_given_as_options_are_checked_too(options, expected):
 )
 def test_options_that_may_be_right_pass(options):
     check_configs(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("PPOPolicy", {}),
+        ("PPOPolicy", {"reward_model": "folder", "reward_function": "lrlhf.rewards.sentiment"}),
+        ("PPOPolicy", {"lora": None, "dtype": "bfloat16", "reward_function": "lrlhf.rewards.sentiment"}),
+        ("SFT", {"lora": None, "quantize": lrlhf.Quantization()}),
+        ("AlpacaDataModule", {"splits": {"a": 3, "b": None}, "train_split": "c"}),
+        ("AlpacaDataModule", {"splits": {"a": 3, "b": None}, "val_split": "a"}),
+        ("AlpacaDataModule", {"splits": {"a": 3, "b": None}, "train_split": "a", "val_split": "a"}),
+    ],
+)
+def test_what_a_class_says_of_settings_that_contradict_each_other_is_told_in_its_words(monkeypatch, name, settings):
+    monkeypatch.setattr(Handover, "read", lambda folder: None)
+    with pytest.raises(UserError) as refused:
+        getattr(lrlhf, name)(**settings)
+    assert fault(name, defaults_of(name) | settings) == str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("PPOPolicy", {"reward_model": "folder"}),
+        ("SFT", {}),
+        ("SFT", {"lora": None}),
+        ("RewardModel", {"dtype": "bfloat16", "sft": "folder"}),
+        ("AlpacaDataModule", {}),
+        ("AlpacaDataModule", {"splits": {"a": 3, "b": None}, "train_split": "a", "val_split": "b"}),
+    ],
+)
+def test_settings_that_a_class_takes_together_are_no_fault(monkeypatch, name, settings):
+    monkeypatch.setattr(Handover, "read", lambda folder: None)
+    getattr(lrlhf, name)(**settings)
+    assert fault(name, defaults_of(name) | settings) is None
+
+
+def test_defaults_are_those_of_the_classes():
+    for name in ("SFT", "PPOPolicy", "AlpacaDataModule"):
+        kind, found = getattr(lrlhf, name), defaults_of(name)
+        made = {
+            key: p.default for base in kind.__mro__[::-1] for key, p in _arguments(base) if p.default is not p.empty
+        }
+        assert found.keys() == made.keys()
+        for key, value in found.items():
+            assert value is ... or value == made[key]
+    assert defaults_of("PPOPolicy")["minibatch_size"] == 128
+
+
+def _arguments(kind):
+    ours = kind.__module__.startswith("lrlhf.") and "__init__" in vars(kind)
+    return list(inspect.signature(kind.__init__).parameters.items()) if ours else []
+
+
+POLICY = "model: {class_path: lrlhf.PPOPolicy, init_args: {reward_function: lrlhf.rewards.vader_sentiment}}"
+DATA = "data: {class_path: lrlhf.AlpacaDataModule, init_args: {train: %s}}"
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "expected"),
+    [
+        (["model: {class_path: lrlhf.PPOPolicy}"], [], "PPO needs one source of reward"),
+        ([POLICY, "model: {init_args: {lora: null}}"], ["--model.dtype", "bfloat16"], "model.dtype=bfloat16 with lora"),
+        ([POLICY], ["--model.sft", "nowhere"], "nowhere is no hand-over folder"),
+        (["model: {class_path: lrlhf.RewardModel, init_args: {sft: nowhere}}"], [], "nowhere is no hand-over folder"),
+        ([POLICY, DATA % "nothing.json"], [], "data file nothing.json does not exist."),
+        ([POLICY, DATA % "[0.yaml, nothing.json]"], [], "data file nothing.json does not exist."),
+        ([POLICY, DATA % "."], [], "data file . is a folder"),
+        ([POLICY, DATA % "0.yaml"], ["--data.val=[0.yaml,nothing.json]"], "data file nothing.json does not exist."),
+    ],
+)
+def test_a_contradiction_or_a_missing_file_is_told_without_importing_torch(tmp_path, texts, options, expected):
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.yaml").write_text(text)
+        options = [*options, "--config", f"{i}.yaml"]
+    code = f"""
+import sys
+from lrlhf.cli import main
+try:
+    main(["fit", *{options}])
+except SystemExit as stop:
+    sys.exit(17 if stop.code == 1 and "torch" not in sys.modules else 18)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 17
+    assert expected in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "texts", "options"),
+    [
+        ("fit", [DATA % "nothing.json", DATA % "0.yaml"], []),
+        ("fit", [DATA % "nothing.json"], ["--data.train", "owner/name"]),
+        ("fit", [DATA % "nothing.json"], ["--print_config"]),
+        ("fit", [DATA % "nothing.json"], ["--data.train", "[0.yaml, owner/name]"]),
+        ("validate", [DATA % "nothing.json"], []),
+        ("fit", ["data: {class_path: mine.Data, init_args: {train: nothing.json}}"], []),
+        ("fit", ["model: {class_path: lrlhf.PPOPolicy}", "model: {class_path: lrlhf.SFT}"], []),
+    ],
+)
+def test_what_a_later_file_or_another_command_makes_right_passes(monkeypatch, tmp_path, command, texts, options):
+    monkeypatch.chdir(tmp_path)
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.yaml").write_text(text)
+    check_run(command, [*(f"--config={i}.yaml" for i in range(len(texts))), *options])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lrlhf.errors import UserError
+from lrlhf.paths import data_file
 
 Record = dict[str, Any]
 
@@ -85,13 +86,9 @@ def read_rows(source: str, ties: Counter | None = None) -> Iterator[Row]:
 
 
 def _records(source: str) -> Iterator[Any]:
-    path = Path(source).expanduser()
-    if not path.exists():
-        if path.suffix or source.count("/") != 1:
-            raise UserError(f"data file {source} does not exist.")
+    path = data_file(source)
+    if path is None:
         yield from _hub_records(source)
-    elif path.is_dir():
-        raise UserError(f"data file {source} is a folder; name the file in it.")
     elif path.suffix == ".jsonl":
         yield from _json_lines(path, source)
     elif path.suffix == ".json":

@@ -147,9 +147,11 @@ class PPOPolicy(AlignmentModule):
                 f"model.reward_model={self.reward_model} was trained on another SFT adapter than model.sft={self.sft}."
             )
 
-    def on_fit_start(self) -> None:
-        """Check batch sizes and sampling before the first rollout."""
-        super().on_fit_start()
+    def setup(self, stage: str) -> None:
+        """Check batch sizes and sampling before the base is loaded."""
+        super().setup(stage)
+        if stage != "fit":
+            return
         if self.sampling.truncates:
             raise UserError(
                 "PPO's ratio needs the whole distribution: leave sampling.top_k at 0, top_p at 1, temperature above 0."
