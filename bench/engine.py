@@ -25,10 +25,11 @@ parser.add_argument("--iterations", type=int, default=3)
 parser.add_argument("--reward", help="used within: write the hand-over folder of a reward model here")
 options = parser.parse_args()
 
-from lrlhf.cli import keep_freed_memory, quiet  # noqa: E402
+from lrlhf.cli import keep_few_kernels, keep_freed_memory, quiet  # noqa: E402
 
 quiet()
 keep_freed_memory()
+keep_few_kernels()
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402

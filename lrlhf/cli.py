@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command, *rest = arguments
     quiet()
     keep_freed_memory()
+    keep_few_kernels()
     from lrlhf.errors import UserError
 
     try:
@@ -113,6 +114,12 @@ def keep_freed_memory() -> None:
             mallopt(m_mmap_max, 0)
             mallopt(m_trim_threshold, 2**31 - 1)
             mallopt(m_top_pad, 64 * 2**20)
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN and PyTorch keep 64 kernels instead of 1,024: each is for one shape and holds up to a few MB."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 
 if __name__ == "__main__":

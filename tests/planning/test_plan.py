@@ -73,6 +73,12 @@ def test_bytes_in_4_bits_are_those_of_bitsandbytes(rows, columns, double):
     assert quantised(rows, columns, {"kind": "nf4", "double": double}) == sum(part.nbytes for part in parts)
 
 
+def test_bytes_in_8_bits_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weights, scales, _ = functional.int8_vectorwise_quant(torch.randn(64, 352, dtype=torch.float16))
+    assert quantised(64, 352, {"kind": "int8"}) == weights.nbytes + scales.nbytes
+
+
 def test_static_bytes_are_a_count_by_hand(llama):
     phases = Plan(job(llama, response=400)).phases
     width, inner, layers, vocabulary, keys = 128, 352, 4, 2048, 32
