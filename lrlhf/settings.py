@@ -60,7 +60,7 @@ def check_run(command: str, arguments: Sequence[str]) -> None:
         UserError: settings that contradict each other, or a data file or hand-over folder that is not there.
     """
     check_configs(arguments)
-    if any(word.split("=")[0] in ("-h", "--help", "--print_config") for word in arguments):
+    if any(re.match(r"-h$|--(\w+\.)*(help|print_config)\b", word) for word in arguments):
         return
     kinds: dict[str, str] = {}
     together: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
