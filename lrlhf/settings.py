@@ -40,17 +40,23 @@ def read_yaml(path: Path, expected: str) -> dict[str, Any]:
     return values
 
 
-def check_configs(arguments: Sequence[str]) -> None:
+def check_configs(arguments: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
     """What can be said of the files after --config, and of settings as options, before anything slow is imported.
+
+    Returns:
+        of model and data, if there is any, the class ("" if none is named) and what it is made with.
 
     Raises:
         UserError: a file that is missing or no YAML, a key that no run or no class has, or a value that its class
             refuses whatever the others are.
     """
     kinds: dict[str, Any] = {"trainer": TRAINER}
+    together: dict[str, dict[str, Any]] = {}
     for where, part, kind, settings in _given(arguments):
-        kinds[part] = kind or kinds.get(part)
+        kinds[part] = kind or kinds.get(part, "")
         _check_value(where, kinds[part], settings)
+        together[part] = _merged(together.get(part, {}), settings if isinstance(settings, dict) else {})
+    return {part: (kinds[part], settings) for part, settings in together.items() if part != "trainer"}
 
 
 def check_run(command: str, arguments: Sequence[str]) -> None:
@@ -59,18 +65,12 @@ def check_run(command: str, arguments: Sequence[str]) -> None:
     Raises:
         UserError: settings that contradict each other, or a data file or hand-over folder that is not there.
     """
-    check_configs(arguments)
+    given = check_configs(arguments)
     if any(re.match(r"-h$|--(\w+\.)*(help|print_config)\b", word) for word in arguments):
         return
-    kinds: dict[str, str] = {}
-    together: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
-    for _, part, kind, settings in _given(arguments):
-        if part in together:
-            kinds[part] = kind or kinds.get(part, "")
-            together[part] |= settings if isinstance(settings, dict) else {}
-    for part, kind in kinds.items():
+    for kind, together in given.values():
         known = settings_of(kind) or ()
-        settings = {key: _read(value) for key, value in together[part].items() if key in known}
+        settings = {key: _parsed(value) for key, value in together.items() if key in known}
         if told := fault(kind, defaults_of(kind) | settings):
             raise UserError(told)
         for key in ("sft", "reward_model"):
@@ -111,10 +111,25 @@ def _read(value: Any) -> Any:
     return of_text(value) if isinstance(value, str) else value
 
 
+def _parsed(value: Any) -> Any:
+    """As `_read`, of a setting that is no free text: a list or keys may have come as text too."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value  # the parser says what is wrong with it
+    return _read(value)
+
+
+def _merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Settings and later ones; an option may set one key of several."""
+    both = {key: value for key, value in after.items() if isinstance(value, dict) and isinstance(before.get(key), dict)}
+    return before | after | {key: _merged(before[key], value) for key, value in both.items()}
+
+
 def _listed(value: Any) -> list[str]:
     """The texts of a setting that may be null, one text or several."""
-    found = yaml.safe_load(value) if isinstance(value, str) and value.startswith("[") else value
-    return [item for item in (found if isinstance(found, list) else [found]) if isinstance(item, str)]
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 def _check_value(where: str, kind: Any, value: Any) -> None:

@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import lightning
 import pytest
@@ -14,6 +15,21 @@ from lrlhf.errors import UserError
 from lrlhf.handover import Handover
 from lrlhf.settings import check_configs, check_run
 from lrlhf.signatures import defaults_of, fault, refusal, settings_of
+
+
+def refused_without_torch(options: list[str], folder: Path) -> str:
+    """What `lrlhf fit` says of them in a folder when it leaves with exit code 1 and torch was not imported."""
+    code = f"""
+import sys
+from lrlhf.cli import main
+try:
+    main(["fit", *{options}])
+except SystemExit as stop:
+    sys.exit(17 if stop.code == 1 and "torch" not in sys.modules else 18)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 17
+    return done.stderr
 
 
 def arguments(kind: type) -> set[str] | None:
@@ -174,15 +190,7 @@ def test_an_unknown_key_or_a_bad_value_is_refused_without_importing_torch(tmp_pa
     options = [word for file in files for word in ("--config", str(file))]
     with pytest.raises(UserError, match=f"{len(texts) - 1}.yaml: (config key )?{expected}"):
         check_configs(options)
-    code = f"""
-import sys
-from lrlhf.cli import main
-try:
-    main(["fit", *{options}])
-except SystemExit as stop:
-    sys.exit(17 if stop.code == 1 and "torch" not in sys.modules else 18)
-"""
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 17
+    assert refused_without_torch(options, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -305,17 +313,7 @@ def test_a_contradiction_or_a_missing_file_is_told_without_importing_torch(tmp_p
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.yaml").write_text(text)
         options = [*options, "--config", f"{i}.yaml"]
-    code = f"""
-import sys
-from lrlhf.cli import main
-try:
-    main(["fit", *{options}])
-except SystemExit as stop:
-    sys.exit(17 if stop.code == 1 and "torch" not in sys.modules else 18)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 17
-    assert expected in done.stderr
+    assert expected in refused_without_torch(options, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +327,9 @@ except SystemExit as stop:
         ("fit", [DATA % "nothing.json"], ["-h"]),
         ("fit", [DATA % "nothing.json"], ["--data.train", "[0.yaml, owner/name]"]),
         ("validate", [DATA % "nothing.json"], []),
+        ("fit", [DATA % "0.yaml, splits: {val: 3, train: null}, train_split: train"], ["--data.splits.val", "5"]),
+        ("fit", [DATA % "0.yaml, train_split: train"], ["--data.splits", "{val: 5, train: null}"]),
+        ("fit", [DATA % "0.yaml"], ["--data.val", "[owner/name"]),
         ("fit", ["data: {class_path: mine.Data, init_args: {train: nothing.json}}"], []),
         ("fit", ["model: {class_path: lrlhf.PPOPolicy}", "model: {class_path: lrlhf.SFT}"], []),
     ],
