@@ -122,14 +122,15 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
         if torch.get_default_device().type == "meta":
             return with_gates(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype))
         if quantize is None:
-            return with_cpu_kernels(with_gates(AutoModelForCausalLM.from_pretrained(source, dtype=dtype)))
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            quantization_config=quantize.config(dtype),
-            device_map={"": torch.get_default_device()},
-        )
-        keep_gradients(model)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                quantization_config=quantize.config(dtype),
+                device_map={"": torch.get_default_device()},
+            )
+            keep_gradients(model)
         return with_cpu_kernels(with_gates(model))
     except UserError:
         raise

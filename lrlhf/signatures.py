@@ -25,16 +25,18 @@ def settings_of(class_path: str) -> dict[str, str] | None:
     Args:
         class_path: lrlhf.PPOPolicy, or PPOPolicy, or lightning.Trainer.
     """
-    if class_path == TRAINER:
-        return _settings("Trainer", _trainer())
-    found = _public(class_path)
-    return found and _settings(*found)
+    found = ("Trainer", _trainer()) if class_path == TRAINER else _public(class_path)
+    arguments = _arguments(*found) if found else None
+    if found is None or arguments is None:
+        return None
+    return {name: _annotation(annotation, found[1]) for name, (annotation, _) in arguments.items()}
 
 
 def defaults_of(class_path: str) -> dict[str, Any]:
     """The settings that a public class of lrlhf can do without, each as it is or, where that needs imports, `...`."""
     found = _public(class_path)
-    return _defaults(*found) if found else {}
+    arguments = (_arguments(*found) if found else None) or {}
+    return {name: _constant(default) for name, (_, default) in arguments.items() if default is not None}
 
 
 def refusal(annotation: str, value: Any) -> str | None:
@@ -104,34 +106,27 @@ def _raises(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise)
 
 
-def _settings(name: str, classes: dict[str, ast.stmt]) -> dict[str, str] | None:
-    """Arguments of __init__, of its base class too where it passes on **kwargs, or the fields of a dataclass."""
+Argument = tuple[ast.expr | None, ast.expr | None]
+"""Annotation and default."""
+
+
+def _arguments(name: str, classes: dict[str, ast.stmt]) -> dict[str, Argument] | None:
+    """What __init__ takes, of its base class too where it passes on **kwargs, or the fields of a dataclass."""
     node = classes.get(name)
     if not isinstance(node, ast.ClassDef):
         return None
     makes = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
     if makes:
         own = makes[0].args
-        found = {a.arg: _annotation(a.annotation, classes) for a in own.args[1:] + own.kwonlyargs}
-        above = _settings(ast.unparse(node.bases[0]), classes) if own.kwarg and node.bases else {}
+        names = own.args[1:] + own.kwonlyargs
+        required: list[ast.expr | None] = [None] * (len(own.args) - 1 - len(own.defaults))
+        defaults = [*required, *own.defaults, *own.kw_defaults]
+        found = {a.arg: (a.annotation, default) for a, default in zip(names, defaults, strict=True)}
+        above = _arguments(ast.unparse(node.bases[0]), classes) if own.kwarg and node.bases else {}
         return None if above is None else found | above
     if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         return None
-    fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
-    return {ast.unparse(f.target): _annotation(f.annotation, classes) for f in fields}
-
-
-def _defaults(name: str, classes: dict[str, ast.stmt]) -> dict[str, Any]:
-    """Of the arguments of __init__, and of its base class's."""
-    node: Any = classes.get(name)
-    makes = [f for f in getattr(node, "body", ()) if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
-    if not makes:
-        return {}
-    own = makes[0].args
-    last = [a.arg for a in own.args][len(own.args) - len(own.defaults) :]
-    pairs = [*zip(last, own.defaults, strict=True), *zip((a.arg for a in own.kwonlyargs), own.kw_defaults, strict=True)]
-    above = _defaults(ast.unparse(node.bases[0]), classes) if own.kwarg and node.bases else {}
-    return above | {name: _constant(default) for name, default in pairs if default is not None}
+    return {ast.unparse(f.target): (f.annotation, f.value) for f in node.body if isinstance(f, ast.AnnAssign)}
 
 
 def _constant(node: ast.expr) -> Any:

@@ -41,9 +41,9 @@ def measure(job: Job) -> dict[Phase, int]:
     module.tokenizer = None
     module.stop_ids = torch.tensor([module.backbone.model.config.vocab_size - 1])
     module.on_train_end = lambda: None
-    if module.task == "prompts" and module.reward_function is not None:
-        module.score = lambda _, batch: torch.zeros(len(batch))  # what it needs is not the engine's
     if module.task == "prompts":
+        if module.reward_function is not None:
+            module.score = lambda _, batch: torch.zeros(len(batch))  # what it needs is not the engine's
         _marked(module, "sample", "rollout")
         _marked(module, "rollout", "score")
         _marked(module, "optimize", "update")
