@@ -24,7 +24,7 @@ _HOMES = {
     "SampleLog": "lrlhf.callbacks",
     "Backbone": "lrlhf.backbone",
     "FSDP2Strategy": "lrlhf.fsdp",
-    "LoRA": "lrlhf.backbone",
+    "LoRA": "lrlhf.adapters",
     "Quantization": "lrlhf.quantization",
     "Sampling": "lrlhf.generation",
     "Schedule": "lrlhf.modules",

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrlhf.backbone import Backbone, Gather
+from lrlhf.errors import UserError
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -54,13 +55,22 @@ StrategyRegistry.register("fsdp2_by_layer", FSDP2Strategy, "FSDP2, gathering lay
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
-    """Keep this process's part of the base alone: of every layer, and of the rest (embeddings, norm, LM head)."""
+    """Keep this process's part of the base alone: of every layer, and of the rest (embeddings, norm, LM head).
+
+    Raises:
+        UserError: a base whose rows run by equal length, in as many passes as there are lengths in a process's rows.
+    """
+    if backbone.by_length:
+        raise UserError(
+            "FSDP needs equally many passes in all processes, and the rows of this base run by equal length: it "
+            "carries a state along the sequence. Set trainer.strategy: ddp."
+        )
     whole = {p for name, p in backbone.named_parameters() if "lora_" in name or name.startswith("heads.")}
     layers = [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     fully_shard(backbone, mesh=mesh, ignored_params=whole)
-    for method in ("encode", "scores", "prefill", "next_token_logits", "drift_of_base"):
+    for method in ("encode", "scores", "prefill", "next_token_logits", "plain_logits", "drift_of_base"):
         register_fsdp_forward_method(backbone, method)
     backbone.gather, backbone.lockstep = gather, True
 

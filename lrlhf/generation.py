@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lrlhf.backbone import Backbone
 from lrlhf.errors import UserError
@@ -24,6 +26,9 @@ class Sampling:
     top_p: float = 1.0
     """Draw from the smallest set of tokens with this probability, of all tokens. Not for PPO, for the same reason."""
 
+    stop: list[str] | None = None
+    """Tokens that end a response, by name, e.g. [<|eot_id|>]. null takes what the model's generation config, the
+    tokenizer and its chat template end with. What the prompt template ends a response with always ends one."""
     batch_size: int = 64
     """Prompts answered together, per device. Memory only: the key-value cache grows with it."""
 
@@ -92,6 +97,9 @@ def sample_responses(
     Returns:
         response_ids [B, R] int64, 0 off the mask, and response_mask [B, R] bool, R <= max_new_tokens.
     """
+    if backbone.by_length and not prompt_mask.all():
+        settings = {"sampling": sampling, "stop_ids": stop_ids, "go_on": go_on}
+        return _by_length(backbone, prompt_ids, prompt_mask, uniforms, settings)
     rows, device = len(prompt_ids), prompt_ids.device
     tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
     active = torch.arange(rows, device=device)
@@ -104,7 +112,7 @@ def sample_responses(
         alive = alive & ~torch.isin(chosen, stop_ids)
         if not go_on(bool(alive.any())):
             break
-        if alive.sum() <= 0.75 * len(alive) and alive.any():
+        if alive.sum() <= 0.75 * len(alive) and alive.any() and not backbone.by_length:
             keep = alive.nonzero().squeeze(-1)
             cache.batch_select_indices(keep)
             active, chosen, mask, positions, alive = (x[keep] for x in (active, chosen, mask, positions, alive))
@@ -113,3 +121,19 @@ def sample_responses(
     tokens = tokens[:, : step + 1]
     ended = response_mask(tokens, stop_ids)
     return tokens.masked_fill(~ended, 0), ended
+
+
+def _by_length(
+    backbone: Backbone, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """As `sample_responses`: prompts of equal length together, so that none is padded."""
+    lengths = prompt_mask.sum(-1)
+    rows = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
+    pieces = []
+    for i in rows:
+        ids, mask = (x[i][:, -int(lengths[i[0]]) :] for x in (prompt_ids, prompt_mask))
+        pieces.append(sample_responses(backbone, ids, mask, uniforms=uniforms[i], **settings))
+    order = torch.cat(rows).argsort().tolist()
+    columns = ([row for piece in pieces for row in piece[which]] for which in (0, 1))
+    ids, mask = (pad_sequence([column[i] for i in order], batch_first=True) for column in columns)
+    return ids, mask

@@ -108,6 +108,41 @@ def load_tokenizer(base_model: str) -> Any:
     return tokenizer
 
 
+def end_of_turn(tokenizer: Any) -> int:
+    """The token by which the chat template ends the assistant's turn; the end of sequence where it names none."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    said = "a1b2c3"
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]
+    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)[2]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    found = (token for token in tokenizer(behind, add_special_tokens=False)["input_ids"] if token in special)
+    return next(found, tokenizer.eos_token_id)
+
+
+def stop_tokens(tokenizer: Any, model: Any, end: int, names: list[str] | None) -> list[int]:
+    """Every token that ends a response, the one that training writes first.
+
+    Args:
+        tokenizer: of the base.
+        model: of the base, whose generation config may name several.
+        end: what the prompt template ends a response with.
+        names: tokens of a setting, instead of what tokenizer and model say.
+
+    Raises:
+        UserError: a name that is no token.
+    """
+    if names is None:
+        of_model = getattr(model.generation_config, "eos_token_id", None)
+        listed = of_model if isinstance(of_model, list) else [of_model]
+        found = [*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    else:
+        found = [tokenizer.get_vocab().get(name) for name in names]
+        if None in found:
+            raise UserError(f"model.sampling.stop: {names[found.index(None)]!r} is no token of this tokenizer.")
+    return list(dict.fromkeys(token for token in [end, *found] if token is not None))
+
+
 def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | None = None) -> nn.Module:
     """The causal language model, in `dtype`, its linear layers perhaps quantised.
 
@@ -173,7 +208,7 @@ def _gated(kind: type[nn.Module]) -> type[nn.Module]:
 def with_gates(model: Any) -> Any:
     """Let a model's gated layers keep less for their backward pass."""
     for module in model.modules():
-        if type(module).__name__ in GATED and model.config.hidden_act == "silu":
+        if type(module).__name__ in GATED and getattr(model.config, "hidden_act", "silu") == "silu":
             kind: Any = type(module)
             module.__class__ = _gated(kind)
     return model
@@ -185,10 +220,10 @@ def with_cpu_kernels(model: Any) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def forward(
-        module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *, scaling: float, **options: Any
-    ) -> Any:
+    def forward(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        mask, scaling = attention_mask, options.pop("scaling", None) or query.shape[-1] ** -0.5
         plain = not options.get("dropout") and options.get("position_bias") is None
+        plain = plain and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
         ours = plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
 
         def attend(query: Any, key: Any, value: Any, mask: Any) -> Any:

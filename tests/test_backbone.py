@@ -20,7 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lrlhf.backbone import AdaptedLinear, Backbone, LoRA
+from lrlhf.adapters import AdaptedLinear, LoRA
+from lrlhf.backbone import Backbone
 from lrlhf.functional import token_statistics
 from lrlhf.functional.linear import AVAILABLE
 from lrlhf.functional.low_rank import add_low_rank
@@ -356,7 +357,7 @@ def test_a_preamble_runs_once_and_neither_padding_nor_last_tokens_run(backbone, 
     assert tokens_through(backbone, "policy", batch) == 30 + prompts + responses
     monkeypatch.setattr(Backbone, "_worth_sharing", lambda *_: 0)
     assert tokens_through(backbone, "policy", batch) == 4 * 30 + prompts + responses
-    monkeypatch.setattr(Backbone, "_takes_apart", lambda *_: False)
+    monkeypatch.setattr(Backbone, "_packs", lambda *_: False)
     assert tokens_through(backbone, "policy", batch) == 4 * (3 + 30 + 4 + 3)
 
 
@@ -385,7 +386,7 @@ def test_packing_changes_neither_states_nor_gradients(backbone, monkeypatch, rol
     for shared, packed in ((30, True), (0, True), (0, False)):
         assert shared in (0, backbone._worth_sharing(batch.prompt_ids, batch.prompt_mask))
         monkeypatch.setattr(backbone, "_worth_sharing", lambda *_, shared=shared: shared)
-        monkeypatch.setattr(backbone, "_takes_apart", lambda packed=packed: packed)
+        monkeypatch.setattr(backbone, "_packs", lambda packed=packed: packed)
         with backbone.role(role), backbone.training_pass(dropout=False):
             hidden = backbone.encode(batch)
             inputs = backbone.trainable(role)[: -2 if role == "critic" else None]
@@ -468,7 +469,7 @@ def test_adapters_multiply_in_the_bases_type_and_learn_in_fp32(tiny_llama, monke
         seen.extend(tensor.dtype for tensor in tensors)
         return add_low_rank(*tensors)
 
-    monkeypatch.setattr("lrlhf.backbone.add_low_rank", spy)
+    monkeypatch.setattr("lrlhf.adapters.add_low_rank", spy)
     with made.role("policy"), made.training_pass(dropout=False):
         made.encode(sequences()).float().square().sum().backward()
     assert seen == [torch.bfloat16] * 4 * 8
@@ -476,7 +477,7 @@ def test_adapters_multiply_in_the_bases_type_and_learn_in_fp32(tiny_llama, monke
     assert all(p.grad.abs().sum() > 0 for p in made.trainable("policy"))
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}])
 def test_adapted_layers_compute_what_pefts_do(tiny_llama, options):
     """Plain adapters by our product, and those of peft's own kinds by peft."""
     made = Backbone(tiny_llama, lora=LoRA(r=2, alpha=6, targets=["q_proj", "up_proj"], options=options))

@@ -41,7 +41,7 @@ def test_functional_imports_torch_and_nothing_else(name):
 
 @pytest.mark.parametrize(
     ("package", "homes"),
-    [("peft", {"backbone.py"}), ("vaderSentiment", {"rewards.py"}), ("bitsandbytes", {"quantization.py"})],
+    [("peft", {"adapters.py"}), ("vaderSentiment", {"rewards.py"}), ("bitsandbytes", {"quantization.py"})],
 )
 def test_each_big_dependency_has_one_home(package, homes):
     assert importers(package) == homes

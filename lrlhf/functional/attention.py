@@ -17,23 +17,23 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     Args:
         query: [B, H, T, D].
         key: [B, K, S, D]; K divides H.
-        value: [B, K, S, D].
+        value: [B, K, S, E]; E is D in most models.
         mask: bool, broadcastable to [B, 1, T, S]; None is causal, the last query at the last key. A
             row that may look at nothing looks at everything.
         scale: 1 / sqrt(D), usually.
 
     Returns:
-        [B, H, T, D] in the dtype of `query`.
+        [B, H, T, E] in the dtype of `query`.
     """
-    rows, heads, length, width = query.shape
+    rows, heads, length = query.shape[:3]
     groups, keys = key.shape[1:3]
     if mask is None:
         square = torch.ones(length, keys, dtype=torch.bool, device=query.device)
         mask = square.tril(keys - length)[None, None]
-    query, key, value = (x.reshape(rows * groups, -1, width) for x in (query, key, value))
+    query, key, value = (x.reshape(rows * groups, -1, x.shape[-1]) for x in (query, key, value))
     inputs = query, key, value, mask.expand(rows, 1, length, keys), scale
     result = _Attention.apply(*inputs) if torch.is_grad_enabled() else _attend(*inputs)
-    return result.view(rows, heads, length, width)
+    return result.view(rows, heads, length, -1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
@@ -68,7 +68,7 @@ def token_statistics(
     Returns:
         fp32 [B, R] each.
     """
-    head_trains = isinstance(head, nn.Module) and any(p.requires_grad for p in head.parameters())
+    head_trains = any(p.requires_grad for p in getattr(head, "parameters", tuple)())
 
     def statistics(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled() or not (rows.requires_grad or head_trains):

@@ -17,13 +17,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from lrlhf import distributed
-from lrlhf.backbone import Backbone, DType, LoRA
+from lrlhf.adapters import LoRA
+from lrlhf.backbone import Backbone, DType
 from lrlhf.errors import UserError
 from lrlhf.fsdp import FSDP2Strategy, gathered, shard
 from lrlhf.functional.randomness import generator
 from lrlhf.generation import Sampling, sample_responses
 from lrlhf.handover import Handover
-from lrlhf.pretrained import fingerprint_tokenizer, load_tokenizer
+from lrlhf.modules.self_check import check_passes
+from lrlhf.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
 from lrlhf.quantization import Quantization, refuse_paged
 from lrlhf.types import Prompts
 
@@ -106,6 +108,7 @@ class AlignmentModule(L.LightningModule):
         self.parents = {folder: Handover.read(folder) for folder in self.handover_folders()}
         self.iteration = 0
         self.skipped = 0
+        self._checked = False
 
     # Build
 
@@ -122,7 +125,6 @@ class AlignmentModule(L.LightningModule):
         if "backbone" in self._modules:
             return
         self.tokenizer = load_tokenizer(self.base_model)
-        self.stop_ids = torch.tensor([self.tokenizer.eos_token_id])
         self.backbone = Backbone(
             self.base_model,
             lora=self.lora,
@@ -130,6 +132,9 @@ class AlignmentModule(L.LightningModule):
             quantize=self.quantize,
             gradient_checkpointing=self.gradient_checkpointing,
         )
+        end_id = getattr(self._template, "end_id", lambda tokenizer: tokenizer.eos_token_id)
+        end = end_id(self.tokenizer)
+        self.stop_ids = torch.tensor(stop_tokens(self.tokenizer, self.backbone.model, end, self.sampling.stop))
         for parent in self.parents.values():
             parent.check(self.backbone, fingerprint_tokenizer(self.tokenizer))
         self.build_roles()
@@ -188,6 +193,21 @@ class AlignmentModule(L.LightningModule):
         for parent in self.parents.values():
             parent.check_template(self.template_fingerprint())
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Before the first iteration of every fit: do our passes say what the model says?"""
+        if not self._checked:
+            with gathered(self.backbone):
+                self.self_check(batch)
+            self._checked = True
+
+    def self_check(self, batch: Any) -> None:
+        """Compare our passes with the model's own on rows of the first batch.
+
+        Raises:
+            UserError: they differ by more than rounding.
+        """
+        check_passes(self, getattr(batch, "chosen", batch))
+
     def on_train_start(self) -> None:
         """From here on every process draws its own dropout."""
         if self.global_rank:
@@ -195,7 +215,11 @@ class AlignmentModule(L.LightningModule):
 
     def template_fingerprint(self) -> str | None:
         """Of the data module's prompt template; None when plain loaders were given."""
-        return getattr(getattr(self.trainer.datamodule, "template", None), "fingerprint", None)  # type: ignore[attr-defined]
+        return getattr(self._template, "fingerprint", None)
+
+    @property
+    def _template(self) -> Any:
+        return getattr(getattr(self._trainer, "datamodule", None), "template", None)
 
     # Optimise
 

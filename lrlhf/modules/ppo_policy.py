@@ -96,7 +96,6 @@ class PPOPolicy(AlignmentModule):
         self.value_coefficient, self.entropy_coefficient = value_coefficient, entropy_coefficient
         self.discount, self.trace_decay, self.whiten_rewards = discount, trace_decay, whiten_rewards
         self.target_update_kl, self.critic_warmup = target_update_kl, critic_warmup
-        self._checked = False
         self._refuse_bad_settings()
 
     def _refuse_bad_settings(self) -> None:
@@ -169,12 +168,9 @@ class PPOPolicy(AlignmentModule):
                 f"model.minibatch_size={self.minibatch_size} does not divide among {world_size()} processes."
             )
 
-    def on_train_batch_start(self, batch: Prompts, batch_idx: int) -> None:
+    def self_check(self, batch: Prompts) -> None:
         """Before the first iteration of every fit: is everything what it claims to be?"""
-        if not self._checked:
-            with gathered(self.backbone):
-                self_check(self, batch)
-            self._checked = True
+        self_check(self, batch)
 
     # One iteration
 
@@ -253,7 +249,7 @@ class PPOPolicy(AlignmentModule):
     def policy_objective(self, piece: Experience, *means: Means) -> Tensor:
         """Clipped surrogate minus the entropy bonus, [B, R], 0 off the mask."""
         mask = piece.response_mask
-        new = self._statistics(piece)
+        new = self.statistics(piece)
         loss = policy_loss(new.logprobs, piece.logprobs, piece.advantages, clip_range=self.clip_range)
         log_ratio = (new.logprobs - piece.logprobs).detach()
         for mean in means:
@@ -277,7 +273,7 @@ class PPOPolicy(AlignmentModule):
     def logprobs(self, sequences: Sequences, role: str) -> Tensor:
         """Log-probabilities [B, R] fp32 of the response tokens under a role, at the sampling temperature."""
         with self.backbone.role(role):
-            return self._per_token(sequences, lambda piece: self._statistics(piece).logprobs)
+            return self._per_token(sequences, lambda piece: self.statistics(piece).logprobs)
 
     @torch.no_grad()
     def divergences(self, sequences: Sequences, functions: Sequence[Divergence]) -> list[Tensor]:
@@ -328,7 +324,8 @@ class PPOPolicy(AlignmentModule):
             result[index, : values.shape[1]] = values[: len(index)]
         return result
 
-    def _statistics(self, piece: Sequences) -> TokenStatistics:
+    def statistics(self, piece: Sequences) -> TokenStatistics:
+        """Log-probabilities and entropies [B, R] of the response tokens in the current role."""
         return token_statistics(
             self.backbone.encode(piece),
             self.backbone.lm_head,

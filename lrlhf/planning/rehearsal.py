@@ -66,7 +66,7 @@ class Base:
         linear = tuple(
             tuple(module.weight.shape)
             for name, module in backbone.model.named_modules()
-            if isinstance(module, nn.Linear) and "lora_" not in name and module is not backbone.lm_head
+            if isinstance(module, nn.Linear) and "lora_" not in name and module is not backbone.model.get_output_embeddings()
         )
         whole = size(backbone.model)
         return cls(whole, max(layers), whole - sum(layers), linear, len(layers), len(set(layers)) == 1)

@@ -1,0 +1,132 @@
+"""Tiny models of the families that people bring, made from transformers' config classes, and the table of docs/models.md.
+
+    python -m tests.families            # measures every family and writes the table
+
+Two layers, width 48, random weights enlarged so that log-probs differ by more than noise.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES = {
+    "vocab_size": 264,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+DEEPSEEK = EXPERTS | {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral (sliding)": ("mistral", {"sliding_window": 8}),
+    "mixtral": ("mixtral", EXPERTS),
+    "qwen2": ("qwen2", {}),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "qwen3": ("qwen3", {"head_dim": 12}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | {"head_dim": 12}),
+    "gemma": ("gemma", {"head_dim": 12}),
+    "gemma2": ("gemma2", {"head_dim": 12, "sliding_window": 8}),
+    "gemma3_text": ("gemma3_text", {"head_dim": 12, "sliding_window": 8}),
+    "gemma3": ("gemma3", {}),
+    "phi": ("phi", {}),
+    "phi3": ("phi3", {}),
+    "phimoe": ("phimoe", EXPERTS),
+    "olmo": ("olmo", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 8}),
+    "olmoe": ("olmoe", EXPERTS),
+    "granite": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}),
+    "granitemoe": ("granitemoe", EXPERTS | {"logits_scaling": 4.0}),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": 8}),
+    "glm": ("glm", {"head_dim": 12}),
+    "glm4": ("glm4", {"head_dim": 12}),
+    "smollm3": ("smollm3", {}),
+    "starcoder2": ("starcoder2", {}),
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.5}),
+    "nemotron": ("nemotron", {}),
+    "helium": ("helium", {"head_dim": 12}),
+    "exaone4": ("exaone4", {"sliding_window": 8}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 12}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 12}),
+    "seed_oss": ("seed_oss", {"head_dim": 12}),
+    "arcee": ("arcee", {}),
+    "apertus": ("apertus", {}),
+    "persimmon": ("persimmon", {}),
+    "gpt_oss": ("gpt_oss", EXPERTS | {"head_dim": 12, "sliding_window": 8}),
+    "llama4_text": ("llama4_text", EXPERTS | {"head_dim": 12, "intermediate_size_mlp": 64, "attention_chunk_size": 8}),
+    "deepseek_v2": ("deepseek_v2", DEEPSEEK),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
+    "minicpm3": ("minicpm3", DEEPSEEK | {"dim_model_base": 12, "scale_emb": 2}),
+    "diffllama": ("diffllama", {}),
+    "doge": ("doge", {}),
+    "nanochat": ("nanochat", {}),
+    "vaultgemma": ("vaultgemma", {"head_dim": 12, "sliding_window": 8}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 8}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gptj": ("gptj", GPT2 | {"rotary_dim": 8}),
+    "codegen": ("codegen", GPT2 | {"rotary_dim": 8}),
+    "gpt_bigcode": ("gpt_bigcode", GPT2),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "falcon": ("falcon", {}),
+    "falcon (alibi)": ("falcon", {"alibi": True}),
+    "mpt": ("mpt", {"d_model": 48, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}),
+    "opt": ("opt", {"word_embed_proj_dim": 48, "ffn_dim": 64}),
+    "xglm": ("xglm", {"d_model": 48, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}),
+    "biogpt": ("biogpt", {}),
+    "modernbert-decoder": ("modernbert-decoder", {"local_attention": 8}),
+    "mamba": ("mamba", {"state_size": 8}),
+    "mamba2": ("mamba2", {"state_size": 8, "num_heads": 4, "head_dim": 24, "n_groups": 1, "chunk_size": 8}),
+    "falcon_mamba": ("falcon_mamba", {"state_size": 8}),
+    "falcon_h1": ("falcon_h1", MAMBA2 | {"mamba_d_ssm": 96, "head_dim": 12}),
+    "bamba": ("bamba", MAMBA2 | {"attn_layer_indices": [1]}),
+    "granitemoehybrid": ("granitemoehybrid", MAMBA2 | EXPERTS | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32}),
+    "jamba": ("jamba", EXPERTS | {"mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "qwen3_next": ("qwen3_next", EXPERTS | {
+        "head_dim": 12, "linear_key_head_dim": 12, "linear_value_head_dim": 12, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "shared_expert_intermediate_size": 32, "layer_types": ["linear_attention", "full_attention"]}),
+    "recurrent_gemma": ("recurrent_gemma", {"lru_width": 48, "head_dim": 12, "num_hidden_layers": 3, "attention_window_size": 8}),
+    "rwkv": ("rwkv", {"attention_hidden_size": 48, "context_length": 256}),
+    "minimax": ("minimax", EXPERTS | {"head_dim": 12, "block_size": 8, "layer_types": ["linear_attention", "full_attention"]}),
+    "nemotron_h": ("nemotron_h", MAMBA2 | {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 24, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8}),
+    "zamba2": ("zamba2", MAMBA2 | {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1}),
+    "bart": ("bart", {"d_model": 48, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}),
+}
+
+
+def build(name: str, folder: Path, *, scale: float = 8.0) -> Any:
+    """Write a tiny random model of a family; returns its config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, settings = FAMILIES[name]
+    if kind == "gemma3":
+        text = SIZES | {"head_dim": 12, "sliding_window": 8}
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+        config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=263, boi_token_index=262, eoi_token_index=261)
+    else:
+        config = AutoConfig.for_model(kind, **SIZES | settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "conv" not in key and "A_log" not in key:
+                parameter.mul_(scale)
+    model.save_pretrained(folder)
+    return config
