@@ -6,7 +6,7 @@ at once by the trainable set of the role (`Backbone.role`).
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,9 @@ class LoRA:
     dropout: float = 0.0
     """Dropout on the adapter's input while SFT or the reward model trains (0.1 in the paper). PPO runs without."""
     targets: list[str] | str | None = None
-    """Which linear layers get an adapter: their names, all-linear, or a regular expression of whole layer names. null
-    takes q_proj, k_proj, v_proj and o_proj, as in the paper, or what peft names for families that have no such four."""
+    """Which linear layers get an adapter: their names, all-linear (of the decoder, fused experts left out), or a
+    regular expression of whole layer names. null takes q_proj, k_proj, v_proj and o_proj, as in the paper, or what peft
+    names for families that have no such four."""
     options: dict[str, Any] = field(default_factory=dict)
     """Other fields of peft.LoraConfig: use_rslora, use_dora, init_lora_weights, layers_to_transform, layers_pattern,
     rank_pattern, alpha_pattern, exclude_modules."""
@@ -83,8 +84,10 @@ class LoRA:
         Raises:
             UserError: an option that peft refuses, or no targets are given and none are known for this family.
         """
-        options = dict(self.options)
+        options, targets = dict(self.options), self.targets or _usual_targets(model)
         decoder = next(name for name, module in model.named_modules() if module is trunk(model))
+        if targets == "all-linear":
+            targets = sorted(_leaves(_linear_layers(trunk(model))) - _experts(model))
         if any(not name.startswith(f"{decoder}.") for name in _linear_layers(model)):
             options.setdefault("exclude_modules", rf"(?!{re.escape(decoder)}\.).*")  # adapters of what sees images
         try:
@@ -93,7 +96,7 @@ class LoRA:
                 r=self.r,
                 lora_alpha=self.alpha,  # type: ignore[arg-type]
                 lora_dropout=self.dropout,
-                target_modules=self.targets or _usual_targets(model),
+                target_modules=targets,
                 fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
                 **options,
             )
@@ -102,20 +105,31 @@ class LoRA:
 
 
 def _linear_layers(model: Any) -> dict[str, nn.Module]:
-    """Linear layers by name, the LM head and the parts of adapters left out."""
+    """Linear layers by name, an LM head and the parts of adapters left out."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     head = model.get_output_embeddings()
-    return {name: module for name, module in linear.items() if "lora_" not in name and module is not head}
+    layers = {name: module for name, module in linear.items() if "lora_" not in name and module is not head}
+    return {name.removesuffix(".base_layer"): module for name, module in layers.items()}
+
+
+def _leaves(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
+def _experts(model: Any) -> set[str]:
+    """Names that peft takes for weights of experts, which are fused into one tensor, wherever else they stand."""
+    fused = any(name.endswith("experts.down_proj") for name, _ in model.named_parameters())
+    return {"gate_proj", "up_proj", "down_proj"} if fused else set()
 
 
 def _usual_targets(model: Any) -> Any:
     """Names of layers, or a regular expression."""
-    names = {name.rpartition(".")[2] for name in _linear_layers(model)}
+    names = _leaves(_linear_layers(model))
     if names >= set(PAPER_TARGETS):
         return PAPER_TARGETS
     family = text_config(model).model_type
     if family not in FAMILY_TARGETS:
-        raise UserError(f"lora.targets: nothing is usual for {family}; set all-linear, or names of {sorted(names)}.")
+        raise UserError(f"lora.targets must be given for {family}: all-linear, or some of {', '.join(sorted(names))}.")
     return FAMILY_TARGETS[family]
 
 
@@ -259,9 +273,9 @@ class Adapters:
         for name, layer in layers.items():
             if id(layer) not in inside or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
                 raise UserError(f"lora.targets: {name} is no linear layer of the decoder, and takes no adapter here.")
-        names = targets if isinstance(targets, list) else sorted({name.rpartition(".")[2] for name in layers})
+        names = targets if isinstance(targets, list) else sorted(_leaves(layers))
         counts = {t: sum(name == t or name.endswith(f".{t}") for name in layers) for t in names}
         for target in [target for target, count in counts.items() if not count]:
-            known = sorted({name.rpartition(".")[2] for name in _linear_layers(self.model)} - {"base_layer"})
-            raise UserError(f"lora.targets: no layer is called {target}; there are {', '.join(known)}.")
+            known = ", ".join(sorted(_leaves(_linear_layers(self.model))))
+            raise UserError(f"lora.targets: no layer is called {target}; there are {known}.")
         return ", ".join(f"{target} ({count})" for target, count in counts.items())

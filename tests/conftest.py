@@ -23,8 +23,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def save_tiny_llama(folder: Path, *, seed: int = 0, pad: str = "<pad>", **config) -> Path:
-    """A two-layer LLaMA over bytes, with <s>, </s> and <pad>."""
+def save_tokenizer(folder: Path, pad: str = "<pad>") -> int:
+    """Bytes, <pad>, <s> and </s>; returns how many that are."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -35,9 +35,15 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, pad: str = "<pad>", **config
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_tiny_llama(folder: Path, *, seed: int = 0, pad: str = "<pad>", **config) -> Path:
+    """A two-layer LLaMA over bytes, with <s>, </s> and <pad>."""
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": len(vocabulary),
+        "vocab_size": save_tokenizer(folder, pad),
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -50,7 +56,6 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, pad: str = "<pad>", **config
         "eos_token_id": 2,
     }
     LlamaForCausalLM(LlamaConfig(**{**settings, **config})).save_pretrained(folder)
-    fast.save_pretrained(folder)
     return folder
 
 

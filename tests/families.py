@@ -1,14 +1,25 @@
-"""Tiny models of the families that people bring, made from transformers' config classes, and the table of docs/models.md.
+"""Tiny models of the families that people bring, from transformers' config classes, and the table of docs/models.md.
 
     python -m tests.families            # measures every family and writes the table
 
 Two layers, width 48, random weights enlarged so that log-probs differ by more than noise.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lrlhf import LoRA, Quantization, Sampling
+from lrlhf.backbone import Backbone
+from lrlhf.datamodules.collate import pad
+from lrlhf.functional import token_statistics
+from lrlhf.generation import sample_responses
+from lrlhf.types import Sequences
+from tests.conftest import save_tokenizer
 
 SIZES = {
     "vocab_size": 264,
@@ -26,9 +37,41 @@ GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 DEEPSEEK = EXPERTS | {
-    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12,
-    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
 }
+
+NO_USUAL_TARGETS = (
+    "phi3",
+    "persimmon",
+    "deepseek_v2",
+    "deepseek_v3",
+    "minicpm3",
+    "xglm",
+    "biogpt",
+    "modernbert-decoder",
+    "lfm2",
+)
+"""Neither the paper's four projections nor an entry in peft's table."""
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+IMAGE_TOKENS = {"mm_tokens_per_image": 4, "image_token_index": 263, "boi_token_index": 262, "eoi_token_index": 261}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -78,7 +121,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nanochat": ("nanochat", {}),
     "vaultgemma": ("vaultgemma", {"head_dim": 12, "sliding_window": 8}),
     "gpt2": ("gpt2", GPT2),
-    "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 8}),
+    "gpt_neo": (
+        "gpt_neo",
+        {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4, "window_size": 8},
+    ),
     "gpt_neox": ("gpt_neox", {}),
     "gptj": ("gptj", GPT2 | {"rotary_dim": 8}),
     "codegen": ("codegen", GPT2 | {"rotary_dim": 8}),
@@ -96,30 +142,60 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_mamba": ("falcon_mamba", {"state_size": 8}),
     "falcon_h1": ("falcon_h1", MAMBA2 | {"mamba_d_ssm": 96, "head_dim": 12}),
     "bamba": ("bamba", MAMBA2 | {"attn_layer_indices": [1]}),
-    "granitemoehybrid": ("granitemoehybrid", MAMBA2 | EXPERTS | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32}),
-    "jamba": ("jamba", EXPERTS | {"mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        MAMBA2 | EXPERTS | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
+    ),
+    "jamba": (
+        "jamba",
+        EXPERTS | {"mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    ),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
-    "qwen3_next": ("qwen3_next", EXPERTS | {
-        "head_dim": 12, "linear_key_head_dim": 12, "linear_value_head_dim": 12, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4, "shared_expert_intermediate_size": 32, "layer_types": ["linear_attention", "full_attention"]}),
-    "recurrent_gemma": ("recurrent_gemma", {"lru_width": 48, "head_dim": 12, "num_hidden_layers": 3, "attention_window_size": 8}),
+    "qwen3_next": (
+        "qwen3_next",
+        EXPERTS
+        | {
+            "head_dim": 12,
+            "linear_key_head_dim": 12,
+            "linear_value_head_dim": 12,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "shared_expert_intermediate_size": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {"lru_width": 48, "head_dim": 12, "num_hidden_layers": 3, "attention_window_size": 8},
+    ),
     "rwkv": ("rwkv", {"attention_hidden_size": 48, "context_length": 256}),
-    "minimax": ("minimax", EXPERTS | {"head_dim": 12, "block_size": 8, "layer_types": ["linear_attention", "full_attention"]}),
-    "nemotron_h": ("nemotron_h", MAMBA2 | {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 24, "n_groups": 1, "ssm_state_size": 8, "chunk_size": 8}),
+    "minimax": (
+        "minimax",
+        EXPERTS | {"head_dim": 12, "block_size": 8, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        MAMBA2
+        | {
+            "layers_block_type": ["mamba", "attention"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 24,
+            "n_groups": 1,
+            "ssm_state_size": 8,
+            "chunk_size": 8,
+        },
+    ),
     "zamba2": ("zamba2", MAMBA2 | {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1}),
     "bart": ("bart", {"d_model": 48, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}),
 }
 
 
-def build(name: str, folder: Path, *, scale: float = 8.0) -> Any:
-    """Write a tiny random model of a family; returns its config."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def build(name: str, folder: Path, *, scale: float = 8.0) -> str:
+    """Write a tiny random model of a family and a byte-level tokenizer; returns the folder."""
     kind, settings = FAMILIES[name]
     if kind == "gemma3":
         text = SIZES | {"head_dim": 12, "sliding_window": 8}
-        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-        config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=263, boi_token_index=262, eoi_token_index=261)
+        config = AutoConfig.for_model(kind, text_config=text, vision_config=VISION, **IMAGE_TOKENS)
     else:
         config = AutoConfig.for_model(kind, **SIZES | settings)
     torch.manual_seed(0)
@@ -129,4 +205,88 @@ def build(name: str, folder: Path, *, scale: float = 8.0) -> Any:
             if parameter.ndim > 1 and "conv" not in key and "A_log" not in key:
                 parameter.mul_(scale)
     model.save_pretrained(folder)
-    return config
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def rows() -> Sequences:
+    """Four rows of unequal length, longer than the windows."""
+    random = torch.Generator().manual_seed(1)
+
+    def draw(lengths: tuple[int, ...]) -> list[list[int]]:
+        return [torch.randint(3, 259, (length,), generator=random).tolist() for length in lengths]
+
+    return Sequences(*pad(draw((3, 14, 7, 10)), left=True), *pad(draw((9, 3, 12, 5)), left=False))
+
+
+def targets_for(folder: str) -> str | list[str] | None:
+    """None where a family has usual targets; what its user would have to say elsewhere."""
+    kind = AutoConfig.from_pretrained(folder).model_type
+    return {"mamba": ["in_proj", "x_proj"], "falcon_mamba": ["in_proj", "x_proj"], "mamba2": ["in_proj"]}.get(
+        kind, "all-linear" if kind in NO_USUAL_TARGETS else None
+    )
+
+
+@dataclass
+class Measured:
+    """What the engine does with a family, beside plain transformers and peft."""
+
+    difference: float
+    """Largest of the log-probs of `rows` in nats, with a random adapter."""
+    ratio: float
+    """Largest log-ratio of an update's log-probs to the rollout's."""
+    greedy: int
+    """Answers of four that are token for token the plain model's."""
+    runs: str
+    """packed, padded or by length."""
+    targets: int
+    """Layers that an adapter was put on by default."""
+
+
+def measure(folder: str, work: Path, dtype: str = "float32", quantize: Quantization | None = None) -> Measured:
+    """Compare the engine with plain transformers and peft, which run each row alone."""
+    text, length = rows(), 10
+    backbone = Backbone(folder, lora=LoRA(r=2, alpha=4, targets=targets_for(folder)), dtype=dtype, quantize=quantize)
+    backbone.eval().add_role("policy", ("policy",), trainable=True)
+    layers = [p for p in backbone.trainable("policy") if torch.nn.init.normal_(p, std=0.05) is p]
+    backbone.save_role("policy", work)
+
+    def logprobs() -> torch.Tensor:
+        return token_statistics(
+            backbone.encode(text), backbone.lm_head, text.response_ids, text.response_mask
+        ).logprobs.detach()
+
+    with backbone.role("policy"), torch.no_grad():
+        ours = logprobs()
+        answers, ended = sample_responses(
+            backbone,
+            text.prompt_ids,
+            text.prompt_mask,
+            sampling=Sampling(max_new_tokens=length, temperature=0),
+            stop_ids=torch.tensor([2]),
+            uniforms=torch.zeros(4, length),
+        )
+    with backbone.role("policy"), backbone.training_pass(dropout=False):
+        update = logprobs()
+    options = {"quantization_config": quantize.config(getattr(torch, dtype))} if quantize else {}
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+    plain = PeftModel.from_pretrained(base, str(work / "policy")).eval()
+    difference, greedy = 0.0, 0
+    for i in range(len(text)):
+        prompt = text.prompt_ids[i][text.prompt_mask[i]]
+        response = text.response_ids[i][text.response_mask[i]]
+        theirs = plain_logprobs(plain, torch.cat([prompt, response]))[len(prompt) - 1 : -1]
+        theirs = theirs.gather(-1, response[:, None])[:, 0]
+        difference = max(difference, float((ours[i][: len(response)] - theirs).abs().max()))
+        said = prompt
+        while len(said) < len(prompt) + length and (len(said) == len(prompt) or said[-1] != 2):
+            said = torch.cat([said, plain_logprobs(plain, said)[-1:].argmax(-1)])
+        greedy += said[len(prompt) :].tolist() == answers[i][ended[i]].tolist()
+    runs = "by length" if backbone.by_length else "packed" if backbone._packs() else "padded"
+    return Measured(difference, float((update - ours).abs().max()), greedy, runs, len(layers) // 2)
+
+
+@torch.no_grad()
+def plain_logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """[N, V] of one row [N], without a cache."""
+    return model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)

@@ -62,11 +62,12 @@ class Base:
         def size(module: Any) -> int:
             return sum(p.nbytes for name, p in module.named_parameters() if "lora_" not in name)
 
+        head = backbone.model.get_output_embeddings()
         layers = [size(m) for m in backbone.model.modules() if isinstance(m, GradientCheckpointingLayer)]
         linear = tuple(
             tuple(module.weight.shape)
             for name, module in backbone.model.named_modules()
-            if isinstance(module, nn.Linear) and "lora_" not in name and module is not backbone.model.get_output_embeddings()
+            if isinstance(module, nn.Linear) and "lora_" not in name and module is not head
         )
         whole = size(backbone.model)
         return cls(whole, max(layers), whole - sum(layers), linear, len(layers), len(set(layers)) == 1)
