@@ -65,11 +65,22 @@ class Handover:
     def write(cls, module: "AlignmentModule", folder: Path) -> "Handover":
         """Save the role of a trained module; written beside and renamed, so that a kill leaves no half a folder."""
         backbone, role = module.backbone, module.role
-        head = role in backbone.heads
-        probe_score = score_probe(backbone, role, module.tokenizer) if head else None  # saving shards a gathered base
+        scored = role in backbone.heads
+        probe_score = score_probe(backbone, role, module.tokenizer) if scored else None  # saving shards a gathered base
         scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
+        try:
+            handover = cls._fill(module, folder, scratch, probe_score)
+            shutil.rmtree(folder, ignore_errors=True)
+            scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return handover
+
+    @classmethod
+    def _fill(cls, module: "AlignmentModule", folder: Path, scratch: Path, probe_score: float | None) -> "Handover":
+        backbone, role = module.backbone, module.role
         backbone.save_role(role, scratch)
         if (scratch / "model").is_dir():
             module.tokenizer.save_pretrained(scratch / "model")
@@ -81,7 +92,7 @@ class Handover:
             folder=folder,
             role=role,
             stack=stack,
-            head=head,
+            head=role in backbone.heads,
             base_model=module.base_model,
             base=backbone.fingerprint,
             tokenizer=fingerprint_tokenizer(module.tokenizer),
@@ -92,8 +103,6 @@ class Handover:
         )
         values = {k: v for k, v in asdict(handover).items() if k != "folder"}
         (scratch / "manifest.json").write_text(json.dumps(values, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
         return handover
 
     def check(self, backbone: Backbone, tokenizer: str) -> None:

@@ -133,7 +133,7 @@ class AlignmentCLI(LightningCLI):
                 clear(run)
         elif config.get("ckpt_path") is None and (newest := newest_checkpoint(run)):
             as_long = refuse_other_run(self._values(), run)
-            if load(newest).get("complete") and as_long:
+            if load(newest).get("complete") and as_long and (run / "handover/manifest.json").is_file():
                 raise NothingLeft(
                     f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh"
                 )

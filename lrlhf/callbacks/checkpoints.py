@@ -77,8 +77,8 @@ class Checkpoints(Checkpoint):
                 f"{', '.join(sorted(k for k in trainer.callback_metrics if k.startswith('val')))}."
             )
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Save the end of the run, after the hand-over folder was written."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Save the end of the run, before the module hands over: a hand-over that fails costs no training."""
         self._save(trainer, pl_module.iteration, True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -108,7 +108,7 @@ class AlignmentModule(L.LightningModule):
         self.parents = {folder: Handover.read(folder) for folder in self.handover_folders()}
         self.iteration = 0
         self.skipped = 0
-        self._checked = False
+        self._checked = self._handed_over = False
 
     # Build
 
@@ -402,13 +402,33 @@ class AlignmentModule(L.LightningModule):
             self.seed = there["seed"]
 
     def on_train_end(self) -> None:
-        """Write the hand-over folder: what the next stage starts from."""
+        """Hand over, after the last checkpoint was saved."""
+        self.hand_over()
+
+    def on_fit_end(self) -> None:
+        """Hand over what an earlier start trained and could not hand over: then there was nothing to train."""
+        if not self._handed_over:
+            self.hand_over()
+
+    def hand_over(self) -> None:
+        """Write the hand-over folder: what the next stage starts from.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._handed_over = True
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.trainer.default_root_dir) / "handover"
         with gathered(self.backbone, always=True):
             if self.trainer.is_global_zero:
-                Handover.write(self, folder)
+                try:
+                    Handover.write(self, folder)
+                except Exception as error:
+                    raise UserError(
+                        f"{folder} could not be written ({error}). Training is done and its checkpoint is whole: mend "
+                        "this and start the same command (lrlhf fit --config ...) again, which writes the folder alone."
+                    ) from error
         rank_zero_info(f"Handed over the {self.role} role in {folder}")
 
 

@@ -40,7 +40,7 @@ def measure(job: Job) -> dict[Phase, int]:
     module: Any = build(job, torch.device("cpu"))
     module.tokenizer = None
     module.stop_ids = torch.tensor([module.backbone.model.config.vocab_size - 1])
-    module.on_train_end = lambda: None
+    module.hand_over = lambda: None
     if module.task == "prompts":
         if module.reward_function is not None:
             module.score = lambda _, batch: torch.zeros(len(batch))  # what it needs is not the engine's

@@ -12,6 +12,7 @@ import yaml
 
 from lrlhf.checkpoints import SafeCheckpointIO, all_checkpoints, checkpoint_path, load, newest_checkpoint
 from lrlhf.cli import main
+from lrlhf.modules.base import AlignmentModule
 from lrlhf.verify_resume import differences
 from tests.integration.soak_resume import launch, launch_and_kill_at, soak, write_configs
 
@@ -181,6 +182,26 @@ def test_a_complete_run_is_not_run_again(configs, whole, tmp_path, capsys):
     fit(configs["SFT"], run)
     assert "complete already" in capsys.readouterr().out
     assert differences(whole["SFT"], run)[0] == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_hand_over_that_fails_costs_no_training(stage, configs, whole, tmp_path, capsys, monkeypatch):
+    """A file lies where the folder should; once it is gone, the same command writes the folder and trains nothing."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "handover").write_text("in the way")
+    with pytest.raises(SystemExit):
+        fit(configs[stage], run)
+    assert "handover could not be written" in (told := capsys.readouterr().err)
+    assert "start the same command" in told
+    assert load(newest_checkpoint(run))["complete"] is True
+    assert differences(whole[stage], run)[0] == ["handover/manifest.json"]
+    assert not list(run.glob("handover.*"))
+    (run / "handover").unlink()
+    monkeypatch.setattr(AlignmentModule, "descend", lambda *_: pytest.fail("trained again"))
+    fit(configs[stage], run)
+    assert differences(whole[stage], run)[0] == []
+    assert (run / "handover/manifest.json").is_file()
 
 
 def test_a_complete_run_goes_on_when_it_is_made_longer(configs, whole, tmp_path, capsys):
