@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lrlhf.errors import UserError
-from lrlhf.paths import data_file, manifest
+from lrlhf.paths import data_files, manifest
 from lrlhf.signatures import TRAINER, defaults_of, fault, of_text, refusal, settings_of
 
 RUN_KEYS = ("trainer", "model", "data", "seed_everything", "ckpt_path", "fresh")
@@ -78,7 +78,7 @@ def check_run(command: str, arguments: Sequence[str]) -> None:
                 manifest(folder)
         for key in ("train", "val") if command == "fit" else ():
             for source in _listed(settings.get(key)):
-                data_file(source)
+                data_files(source)
 
 
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any, Any]]:

@@ -80,6 +80,11 @@ class Lab:
         path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
         return self.fit(stage, "--data.init_args.train", str(path), *more)
 
+    def empty(self) -> Path:
+        folder = self.folder / "empty"
+        folder.mkdir()
+        return folder
+
     def data(self, *options: str, stage: str = "sft") -> list[str]:
         """A stage with options of data.init_args, as (name, value, name, value, ...)."""
         return self.fit(stage, *self._options("data.init_args", options))
@@ -164,18 +169,22 @@ ROWS: dict[str, tuple[Case, list[str]]] = {
     "output is a number": (lambda lab: lab.rows({**GOOD, "output": 3}), ["row 1", "output must be text, got int"]),
     "output is a list": (lambda lab: lab.rows({**GOOD, "output": ["3"]}), ["row 1", "output must be text, got list"]),
     "empty instruction": (lambda lab: lab.rows({**GOOD, "instruction": ""}), ["row 1", "no instruction", "is empty"]),
-    "unknown columns": (lambda lab: lab.rows({"question": "q"}), ["row 1", "no instruction, prompt, messages"]),
-    "row is no object": (lambda lab: lab.rows([1, 2]), ["row 1", "named columns, got list"]),
+    "unknown columns": (lambda lab: lab.rows({"frage": "q"}), ["row 1", "no instruction, prompt, messages"]),
+    "row is no object": (lambda lab: lab.rows([1, 2]), ["row 1", "named columns, got int"]),
     "broken JSON line": (lambda lab: lab.rows(GOOD, '{"instruction": \n'), ["rows.jsonl, row 2", "not valid JSON"]),
     "broken JSON file": (lambda lab: lab.rows("[{", ending=".json"), ["rows.json: not valid JSON"]),
     "JSON that is no list": (
-        lambda lab: lab.rows(GOOD, ending=".json"),
-        ["rows.json", "a JSON list of rows, got dict"],
+        lambda lab: lab.rows('{\n"data": []\n}', ending=".json"),
+        ["rows.json", "a JSON list of rows, or a row a line, got one object"],
     ),
     "parquet that is not": (lambda lab: lab.rows(GOOD, ending=".parquet"), ["rows.parquet: not a parquet file"]),
-    "unknown ending": (lambda lab: lab.rows("a,b\n", ending=".csv"), ["'.csv'", "use .json, .jsonl or .parquet"]),
+    "unknown ending": (lambda lab: lab.rows("a,b\n", ending=".xls"), ["'.xls'", "use .json, .jsonl, .csv"]),
     "no such file": (lambda lab: lab.data("train", "nowhere/rows.jsonl"), ["nowhere/rows.jsonl does not exist"]),
-    "a folder": (lambda lab: lab.data("train", str(lab.folder)), ["is a folder; name the file in it"]),
+    "an empty folder": (
+        lambda lab: lab.data("train", str(lab.empty())),
+        ["is a folder without data files", "name a file"],
+    ),
+    "a pattern": (lambda lab: lab.data("train", "nowhere/*.jsonl"), ["nowhere/*.jsonl: no file matches"]),
     "hub id offline": (lambda lab: lab.data("train", "nobody/nothing"), ["nobody/nothing", "hub"]),
     "empty file": (lambda lab: lab.rows(""), ["rows.jsonl", "no row is left to train on (the files are empty)"]),
     "all rows too long": (
@@ -184,7 +193,7 @@ ROWS: dict[str, tuple[Case, list[str]]] = {
     ),
     "preference 3": (lambda lab: lab.rows({**PAIR, "preference": 3}, stage="reward"), ["row 1", "1 or 2", "got 3"]),
     "no preference": (lambda lab: lab.rows(PAIR, stage="reward"), ["row 1", "a pair needs a preference (1 or 2)"]),
-    "only ties": (lambda lab: lab.rows({**PAIR, "preference": 0}, stage="reward"), ["no row is left", "1 ties"]),
+    "only ties": (lambda lab: lab.rows({**PAIR, "preference": 1.5}, stage="reward"), ["no row is left", "1 ties"]),
     "pair of one side": (
         lambda lab: lab.rows({"prompt": "p", "chosen": "c"}, stage="reward"),
         ["row 1", "a pair needs both chosen and rejected"],

@@ -1,18 +1,22 @@
 """AlpacaDataModule: one class, three views of the data, shared by SFT, RewardModel and PPOPolicy."""
 
 import hashlib
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lrlhf.datamodules.collate import Tokenized, collate_preferences, collate_prompts, collate_sequences
-from lrlhf.datamodules.formats import BadRow, Row, read_rows
-from lrlhf.datamodules.prompts import AlpacaTemplate, Template
+from lrlhf.datamodules.containers import BadRow
+from lrlhf.datamodules.formats import Reading, Row, read_rows
+from lrlhf.datamodules.prompts import AlpacaTemplate, Template, encode_prompt
 from lrlhf.datamodules.sampler import BatchSampler
 from lrlhf.distributed import gather_objects
 from lrlhf.errors import UserError
@@ -32,7 +36,7 @@ class AlpacaDataModule(L.LightningDataModule):
     """Instructions, demonstrations or preference pairs from files or a hub id (layouts: `lrlhf.datamodules.formats`).
 
     Args:
-        train: one or several files or hub ids to train on.
+        train: one or several files, folders, patterns such as data/*.jsonl, or hub ids to train on.
         val: files or ids to validate on; None takes `val_split` out of `train`.
         test: files or ids for `test`; None uses the validation rows.
         predict: files or ids for `predict`; None uses the validation rows.
@@ -52,6 +56,13 @@ class AlpacaDataModule(L.LightningDataModule):
         val_limit: use at most so many validation, test or prediction rows.
         group_by_length: put rows of similar length into one batch.
         num_workers: processes that collate.
+        columns: our names of columns, each with its name in the files, e.g. {instruction: ask, output: reply}.
+        encoding: of text files.
+        verdicts: whether preferences count from_zero (0 the first, 1 the second) or from_one; null looks at each file.
+        margin_from_scores: take score_chosen - score_rejected as the margin of a pair.
+        good_only: of answers that are judged one by one (label: true or false), imitate the good ones.
+        on_bad_row: at a row that cannot be used, stop, or skip it, count it and write it to bad_rows.jsonl in the run
+            folder with the reason.
     """
 
     def __init__(
@@ -74,6 +85,12 @@ class AlpacaDataModule(L.LightningDataModule):
         val_limit: int | None = None,
         group_by_length: bool = True,
         num_workers: int = 0,
+        columns: dict[str, str] | None = None,
+        encoding: str = "utf-8",
+        verdicts: Literal["from_zero", "from_one"] | None = None,
+        margin_from_scores: bool = False,
+        good_only: bool = False,
+        on_bad_row: Literal["stop", "skip"] = "stop",
     ):
         super().__init__()
         if num_workers < 0:
@@ -98,9 +115,13 @@ class AlpacaDataModule(L.LightningDataModule):
         for name in ("batch_size", "val_batch_size", "max_prompt_tokens", "max_response_tokens", "limit", "val_limit"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise UserError(f"data.{name}={number} must be at least 1.")
+        self.reading = Reading(columns or {}, encoding, verdicts, margin_from_scores, good_only)
+        self.on_bad_row = on_bad_row
         self.rows: dict[str, list[Tokenized]] = {}
         self.dropped: Counter[str] = Counter()
-        self._ties: Counter[str] = Counter()
+        self._left_out: Counter[tuple[str, str]] = Counter()
+        self._bad: dict[str, str] = {}
+        self._remarks: set[str] = set()
         self._seed = 0
         self._position: dict[str, int] | None = None
 
@@ -130,6 +151,7 @@ class AlpacaDataModule(L.LightningDataModule):
             self.rows[stage] = self._view(stage, self.val_split)
             if not self.rows[stage]:
                 raise UserError(f"data.{stage} (or data.val) gives no row to {stage} on ({self._lost()}).")
+        self._write_bad_rows()
         if sum(self.dropped.values()):
             warnings.warn(f"data: left out {self._lost()}.", stacklevel=2)
 
@@ -220,29 +242,60 @@ class AlpacaDataModule(L.LightningDataModule):
         return tokenized if name == "train" else tokenized[: self.val_limit]
 
     def _read(self, sources: str | list[str] | None) -> list[Row]:
-        ties: Counter[str] = Counter()
+        left_out: Counter[tuple[str, str]] = Counter()
         names = [sources] if isinstance(sources, str) else sources or []
-        rows = [row for name in names for row in read_rows(name, ties)]
-        if ties:
-            self._ties |= ties
-            self.dropped["ties"] = sum(self._ties.values())
+        options: Any = {"bad": self._refuse, "say": self._say}
+        rows = [row for name in names for row in read_rows(name, left_out, self.reading, **options)]
+        self._left_out |= left_out
+        for reason in {reason for _, reason in left_out}:
+            self.dropped[reason] = sum(count for (_, why), count in self._left_out.items() if why == reason)
+        twice = len(rows) - len({(repr(row.messages), row.responses) for row in rows})
+        echoes = sum(row.messages[-1][1] in row.responses for row in rows)
+        against = sum(row.margin < 0 for row in rows) if self.reading.margin_from_scores else 0
+        kept = {"rows twice": twice, "responses that repeat the prompt": echoes, "pairs scored against": against}
+        if told := ", ".join(f"{count} {what}" for what, count in kept.items() if count):
+            self._say(f"{', '.join(names)}: kept {told}")
         return rows
 
+    def _say(self, remark: str) -> None:
+        """Once, by one process, however many views read the file."""
+        if remark not in self._remarks:
+            self._remarks.add(remark)
+            rank_zero_info(f"data: {remark}")
+
+    def _refuse(self, place: str, reason: str) -> None:
+        if self.on_bad_row == "stop":
+            raise UserError(f"{place}: {reason.rstrip('.')}.")
+        self._bad[place] = reason
+        self.dropped["bad rows"] = len(self._bad)
+
+    def _write_bad_rows(self) -> None:
+        """The rows that were skipped, with their reasons."""
+        if not self._bad or not self.trainer or not self.trainer.is_global_zero:
+            return
+        path = Path(self.trainer.default_root_dir) / "bad_rows.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps({"row": place, "reason": reason}) for place, reason in self._bad.items())
+        path.write_text("".join(f"{line}\n" for line in lines))
+
     def _tokenize(self, row: Row, need: int) -> Tokenized | None:
-        if len(row.responses) < need:
-            wanted = "an output" if need == 1 else "two responses and a preference"
-            raise UserError(f"{row.place}: the {self.task} task needs {wanted}.")
+        """The row as token ids; None where it is left out."""
         try:
+            if len(row.responses) < need:
+                wanted = "an output" if need == 1 else "two responses and a preference"
+                raise BadRow(f"the {self.task} task needs {wanted}")
             text = self.template.render(row, self.tokenizer)
+            prompt = encode_prompt(self.template, row, text, self.tokenizer)
+            if not prompt:
+                raise BadRow("the prompt has no tokens")
         except BadRow as error:
-            raise UserError(f"{row.place}: {error}.") from None
-        prompt = self.tokenizer(text, add_special_tokens=self.template.adds_special_tokens)["input_ids"]
-        responses = tuple(
-            [*self.tokenizer(response, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-            for response in row.responses[:need]
-        )
-        if not prompt:
-            raise UserError(f"{row.place}: the prompt has no tokens.")
+            self._refuse(row.place, str(error))
+            return None
+        if need == 1 and not row.responses[0].strip():
+            self.dropped["empty outputs"] += 1
+            return None
+        end = self.template.end_id(self.tokenizer)
+        responses = tuple([*self._plain_ids(response), end] for response in row.responses[:need])
         if len(prompt) > self.max_prompt_tokens:
             self.dropped[f"prompts over {self.max_prompt_tokens} tokens"] += 1
             return None
@@ -251,6 +304,10 @@ class AlpacaDataModule(L.LightningDataModule):
             return None
         source = {"instruction": row.messages[-1][1], "dataset": row.dataset}
         return Tokenized(prompt, responses, row.margin, text, source)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Token ids of a text, in which what looks like a special token is text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _lost(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "the files are empty"

@@ -1,12 +1,18 @@
 """How a row becomes the text that a model reads: a template is anything with `render(row)` and a `fingerprint`."""
 
 import hashlib
+import re
 import string
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
-from lrlhf.datamodules.formats import BadRow, Row
+from jinja2 import TemplateError
+
+from lrlhf.datamodules.containers import BadRow
+from lrlhf.datamodules.formats import Row
 from lrlhf.errors import UserError
+from lrlhf.pretrained import end_of_turn
 
 
 class Template(ABC):
@@ -18,6 +24,10 @@ class Template(ABC):
     @abstractmethod
     def render(self, row: Row, tokenizer: Any) -> str:
         """The prompt's text."""
+
+    def end_id(self, tokenizer: Any) -> int:
+        """The token that ends a response."""
+        return tokenizer.eos_token_id
 
     @property
     @abstractmethod
@@ -86,10 +96,42 @@ class ChatTemplate(Template):
         """All turns, then the header of the assistant's."""
         if tokenizer.chat_template is None:
             raise UserError("data.template: this tokenizer has no chat template; use AlpacaTemplate or TextTemplate.")
-        turns = [{"role": role, "content": content} for role, content in row.messages]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        turns = [{"role": turn[0], "content": turn[1], **(turn[2] if len(turn) > 2 else {})} for turn in row.messages]
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            raise BadRow(f"the chat template does not take these turns ({error})") from None
+
+    def end_id(self, tokenizer: Any) -> int:
+        """What the template writes at the end of the assistant's turn."""
+        return end_of_turn(tokenizer)
 
     @property
     def signature(self) -> str:
         """The tokenizer's fingerprint covers the template's text."""
         return "chat"
+
+
+def encode_prompt(template: Template, row: Row, text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a rendered prompt: special tokens are the template's alone, never what somebody typed.
+
+    Args:
+        template: that rendered `text`.
+        row: with the texts that people wrote.
+        text: the rendered prompt.
+        tokenizer: of the base.
+    """
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    written = [row.instruction, row.input, *(turn[1] for turn in row.messages)]
+    if not any(token in said for token in special for said in written):
+        return tokenizer(text, add_special_tokens=template.adds_special_tokens)["input_ids"]
+    marks = [f"\ue000{i}\ue001" for i in range(len(written))]
+    turns = [(turn[0], mark, *turn[2:]) for turn, mark in zip(row.messages, marks[2:], strict=True)]
+    marked = replace(row, messages=tuple(turns), instruction=marks[0], input=row.input and marks[1])
+    ids: list[int] = []
+    for piece in re.split("(\ue000\\d+\ue001)", template.render(marked, tokenizer)):
+        typed = piece in marks
+        said = written[marks.index(piece)] if typed else piece
+        first = template.adds_special_tokens and not ids
+        ids += tokenizer(said, add_special_tokens=first, split_special_tokens=typed)["input_ids"]
+    return ids

@@ -1,3 +1,4 @@
+import json
 import random
 import shutil
 import warnings
@@ -135,7 +136,7 @@ def test_ties_are_counted_over_all_files(tiny_llama, save):
     pair = {"instruction": "i", "output_1": "x", "output_2": "y"}
     first = save([{**pair, "preference": p} for p in (0, 1, 0, 2)], "first.jsonl")
     second = save([{**pair, "preference": p} for p in (0, 2)], "second.jsonl")
-    third = save([{**pair, "preference": p} for p in (1, 0)], "third.jsonl")
+    third = save([{**pair, "preference": p} for p in (2, 0)], "third.jsonl")
     data = load(train=[first, second], val=third, tokenizer=tiny_llama, task="preference")
     assert (len(data.rows["train"]), len(data.rows["val"]), data.dropped) == (3, 1, {"ties": 4})
 
@@ -342,3 +343,65 @@ def test_a_batch_of_more_prompts_than_there_are_is_refused(tiny_llama, data_file
     data = load(train=data_files["prompts"], tokenizer=tiny_llama, task="prompts", batch_size=41)
     with pytest.raises(UserError, match="data.batch_size=41 is more than the 40 prompts"):
         data.train_dataloader()
+
+
+# Rows that cannot be used, or hardly
+
+
+def test_a_response_that_spells_a_special_token_is_text(tiny_llama, tokenizer, save):
+    (row,) = load(train=save([{"instruction": "i", "output": "a</s>b"}]), tokenizer=tiny_llama).rows["train"]
+    assert row.responses[0].count(EOS) == 1
+    assert tokenizer.decode(row.responses[0][:-1]) == "a</s>b"
+
+
+@pytest.mark.parametrize("bad", [{"output": "alone"}, {"instruction": 5, "output": "x"}, "no object", "{oops"])
+def test_a_bad_row_stops_or_is_skipped_counted_and_written_down(tiny_llama, tmp_path, bad):
+    good = json.dumps({"instruction": "i", "output": "x"})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([good, bad if bad == "{oops" else json.dumps(bad), good + "\n"]))
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 2: "):
+        load(train=str(path), tokenizer=tiny_llama)
+    data = AlpacaDataModule(train=str(path), tokenizer=tiny_llama, template=BARE, batch_size=2, on_bad_row="skip")
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True, default_root_dir=str(tmp_path))
+    with pytest.warns(UserWarning, match="left out 1 bad rows"):
+        data.setup("fit")
+    assert len(data.rows["train"]) == 2
+    (written,) = map(json.loads, (tmp_path / "bad_rows.jsonl").read_text().splitlines())
+    assert written["row"] == f"{path}, row 2"
+    assert written["reason"]
+
+
+def test_a_row_that_the_template_refuses_is_skipped_too(tiny_llama, save):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    path = save([{"messages": turns, "output": "d"}, {"instruction": "i", "output": "x"}])
+    assert load(train=path, tokenizer=tiny_llama, on_bad_row="skip").dropped == {"bad rows": 1}
+
+
+def test_empty_outputs_are_left_out_and_odd_rows_are_told(tiny_llama, save, caplog):
+    rows = [("i", " "), ("i", "x"), ("i", "x"), ("echo", "echo")]
+    path = save([{"instruction": instruction, "output": output} for instruction, output in rows])
+    with caplog.at_level("INFO"):
+        data = load(train=path, tokenizer=tiny_llama)
+    assert (len(data.rows["train"]), data.dropped) == (3, {"empty outputs": 1})
+    assert f"data: {path}: kept 1 rows twice, 1 responses that repeat the prompt" in caplog.text
+
+
+def test_pairs_scored_against_their_verdict_are_told(tiny_llama, save, caplog):
+    pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    path = save([{**pair, "score_chosen": a, "score_rejected": b} for a, b in ((2, 1), (1, 2))])
+    with caplog.at_level("INFO"):
+        data = load(train=path, tokenizer=tiny_llama, task="preference", margin_from_scores=True)
+    assert [row.margin for row in data.rows["train"]] == [1.0, -1.0]
+    assert "1 pairs scored against" in caplog.text
+
+
+def test_splits_of_earlier_runs_stay_what_they_were():
+    """The order depends on the hash of ("user", text) turns, whatever else a turn can hold today."""
+    rows = [Row((("user", f"prompt {i}"),), f"prompt {i}", "", (), 0.0, f"row {i}") for i in range(12)]
+    assert [row.place for row in take_split(rows, {"a": 5, "b": None}, "a")] == [
+        "row 10",
+        "row 6",
+        "row 2",
+        "row 0",
+        "row 7",
+    ]

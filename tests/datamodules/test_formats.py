@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lrlhf.datamodules.formats import read_rows
+from lrlhf.datamodules.formats import Reading, read_rows
 from lrlhf.errors import UserError
 from tests.conftest import write_jsonl
 
@@ -21,6 +21,7 @@ TALK = [
     {"role": "user", "content": "bye"},
 ]
 ANSWER = {"role": "assistant", "content": "see you"}
+SIDES = {"chosen": [TALK[0], ANSWER], "rejected": [TALK[0], TALK[1]]}
 TURNS = (("user", "hi"), ("assistant", "hello"), ("user", "bye"))
 
 
@@ -163,7 +164,7 @@ def test_a_verdict_of_two_prefers_the_second(read, name, verdict):
 
 @pytest.mark.parametrize("verdict", [0, 1.5, "0", "1.5", "tie"])
 def test_a_tie_is_dropped_and_counted(read, verdict):
-    rows, ties = read({**PAIR, "preference": verdict}, {**PAIR, "preference": 1}, {**PAIR, "preference": verdict})
+    rows, ties = read({**PAIR, "preference": verdict}, {**PAIR, "preference": 2}, {**PAIR, "preference": verdict})
     assert (len(rows), ties) == (1, 2)
     assert rows[0].place.endswith("row 2")
 
@@ -236,7 +237,7 @@ HI = "\n\nHuman: hi\n\nAssistant: "
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (["a list"], "expected an object with named columns, got list"),
+        ("a text", "expected an object with named columns, got str"),
         ({"instruction": ""}, "no instruction, prompt, messages or conversations column, or it is empty"),
         ({"instruction": 5}, "instruction must be text, got int"),
         ({**ALPACA, "output": None}, "output must be text, got NoneType"),
@@ -255,7 +256,7 @@ HI = "\n\nHuman: hi\n\nAssistant: "
         ({"messages": [{"role": "user"}]}, "turn 1 of messages must have role and content as text"),
         ({"messages": [{"role": "poet", "content": "o"}]}, "turn 1 of messages has the unknown role 'poet'"),
         ({"messages": [ANSWER, ANSWER]}, "the turn before the response must be the user's or a tool's"),
-        ({"conversations": [{"role": "user", "content": "c"}]}, "turn 1 of conversations must have from and value"),
+        ({"conversations": [{"value": "c"}]}, "turn 1 of conversations must have from and value"),
         ({"chosen": HI + "a", "rejected": "\n\nHuman: ho\n\nAssistant: b"}, "must be one dialogue"),
         ({"chosen": HI + "a\n\nHuman: b\n\nAssistant: c", "rejected": HI + "d\n\nHuman: b\n\nAssistant: c"}, "must"),
         ({"chosen": "Human: a", "rejected": "Human: b"}, "must be one dialogue"),
@@ -265,6 +266,146 @@ HI = "\n\nHuman: hi\n\nAssistant: "
 def test_a_bad_row_is_refused_with_its_reason(reason, record, words):
     assert words in reason(record)
     assert reason(record).endswith(".")
+
+
+# Context is used, or its row is refused
+
+
+@pytest.mark.parametrize(
+    ("record", "messages", "responses"),
+    [
+        ({"prompt": [{"role": "system", "content": "S"}, *TALK]}, (("system", "S"), *TURNS), ()),
+        ({"prompt": TALK, "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "no"}]}, TURNS, ("see you", "no")),
+        ({"prompt": TALK, "completion": [ANSWER]}, TURNS, ("see you",)),
+        (
+            {"chosen": [*TALK, ANSWER], "rejected": [*TALK, {**ANSWER, "content": "no"}]},
+            TURNS,
+            ("see you", "no"),
+        ),
+        (
+            {"prompt": "bye", "chosen": [*TALK, ANSWER], "rejected": [*TALK, {**ANSWER, "content": "no"}]},
+            TURNS,
+            ("see you", "no"),
+        ),
+        (
+            {"instruction": "bye", "output": "see you", "history": [["hi", "hello"]], "system": "S"},
+            (("system", "S"), *TURNS),
+            ("see you",),
+        ),
+        (
+            {"system": "S", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+            (("system", "S"), ("user", "hi")),
+            ("hello",),
+        ),
+        ({"question": "hi?", "answer": "hello", "context": "a door"}, (("user", "hi?\n\na door"),), ("hello",)),
+        ({"query": "hi?", "response": "hello"}, (("user", "hi?"),), ("hello",)),
+        ({"problem": "1+1", "solution": "2"}, (("user", "1+1"),), ("2",)),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, "i"]}]}, (("user", "hi"),), ()),
+        ({"conversations": [{"role": "user", "content": "hi"}]}, (("user", "hi"),), ()),
+        ({**ALPACA, "prompt": "### Instruction: Add. ### Input: 1 and 2"}, (("user", "Add.\n\n1 and 2"),), ("3",)),
+        ({"messages": [TALK[0], ANSWER], "prompt": "hi", **SIDES}, (("user", "hi"),), ("see you", "hello")),
+    ],
+)  # fmt: skip
+def test_no_turn_and_no_context_is_lost(read, record, messages, responses):
+    (row,), _ = read(record)
+    assert (row.messages, row.responses) == (messages, responses)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({**ALPACA, "prompt": "quite another"}, "prompt could be context and has no place beside the others"),
+        ({**ALPACA, "context": "a passage"}, "context could be context"),
+        ({"messages": TALK, "instruction": "Be brief."}, "instruction could be context"),
+        ({"messages": TALK, "tools": "[add]"}, "tools could be context"),
+        ({"messages": [{"role": "system", "content": "A"}, *TALK], "system": "B"}, "a system message must come first"),
+        ({"instruction": "i", "history": "hello"}, "history must be a list of [question, answer] texts"),
+        ({"prompt": "ho", **SIDES}, "are not those of the prompt"),
+        ({"chosen": [*TALK, ANSWER], "rejected": [TALK[0], TALK[1]]}, "one conversation with two different last turns"),
+        ({"prompt": "hi", "chosen": [TALK[0], TALK[0]], "rejected": [TALK[0], TALK[1]]}, "one turn of the assistant"),
+        ({**ALPACA, "prompt": "this is another, and a 3"}, "prompt could be context"),
+        ({"prompt": "p", "chosen": "x", "rejected": [ANSWER]}, "must both be texts, or both lists of turns"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
+        ({"messages": [TALK[0], {"role": "assistant", "content": None}]}, "turn 2 of messages must have role and"),
+        ({"text": "all in one"}, "text alone does not say where a response begins"),
+        ({"prompt": "p", "completion": "c", "label": False}, "label judges one completion, which is no demonstration"),
+        ({"instruction": "\ud800x", "output": "y"}, "half of a surrogate pair"),
+        ({"instruction": "x", "output": "y\udfff"}, "half of a surrogate pair"),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_is_refused(reason, record, words):
+    assert words in reason(record)
+
+
+def test_a_tool_call_without_text_stays_what_it_is(read):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    (row,), _ = read({"messages": [TALK[0], call, {"role": "tool", "content": "5"}, ANSWER]})
+    assert row.messages[1] == ("assistant", "", {"tool_calls": call["tool_calls"]})
+    assert row.messages[2] == ("tool", "5")
+
+
+def test_columns_that_were_not_used_are_named_once(tmp_path):
+    said = []
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**ALPACA, "id": i, "kind": "sum", "empty": None} for i in range(3)])
+    list(read_rows(path, say=said.append))
+    assert said == [f"{path}: columns not used: id, kind"]
+
+
+def test_columns_of_other_names_are_named_by_the_user(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"frage": "1+1?", "antwort": "2"}])
+    (row,) = read_rows(path, reading=Reading(columns={"instruction": "frage", "output": "antwort"}))
+    assert (row.instruction, row.responses) == ("1+1?", ("2",))
+    with pytest.raises(UserError, match=r"data\.columns\.output: there is no column reply, only frage, antwort"):
+        list(read_rows(path, reading=Reading(columns={"output": "reply"})))
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize("name", ["preference", "label"])
+@pytest.mark.parametrize(
+    ("verdicts", "setting", "first", "ties", "told"),
+    [
+        ((0, 1, 0), None, ["3", "12", "3"], 0, "0 the first, 1 the second"),
+        (("0", "1"), None, ["3", "12"], 0, "0 the first, 1 the second"),
+        ((0, 1, 2), None, ["3", "12"], 1, "1 the first, 2 the second, 0 a tie"),
+        ((0, 1, 2), "from_zero", ["3", "12"], 1, "0 the first, 1 the second"),
+        ((0, 1), "from_one", ["3"], 1, "1 the first, 2 the second, 0 a tie"),
+        ((0, 1, 1.5), None, ["3"], 2, "1 the first"),
+        ((1, 2), None, ["3", "12"], 0, None),
+        ((1, 1), "from_zero", ["12", "12"], 0, None),
+    ],
+)
+def test_verdicts_are_read_over_the_whole_file_and_that_is_said(tmp_path, name, verdicts, setting, first, ties, told):
+    said, counts = [], Counter()
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**PAIR, name: verdict} for verdict in verdicts])
+    rows = list(read_rows(path, counts, Reading(verdicts=setting), say=said.append))
+    assert ([row.responses[0] for row in rows], counts[path, "ties"]) == (first, ties)
+    assert (told in said[0]) if told else not said
+
+
+def test_scores_are_margins_when_asked(tmp_path):
+    pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**pair, "score_chosen": 8, "score_rejected": 6.5}])
+    assert next(read_rows(path)).margin == 0
+    assert next(read_rows(path, reading=Reading(margin_from_scores=True))).margin == 1.5
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair])
+    with pytest.raises(UserError, match="data.margin_from_scores needs numbers"):
+        next(read_rows(path, reading=Reading(margin_from_scores=True)))
+
+
+def test_of_answers_that_are_judged_the_good_ones_are_taken_when_asked(tmp_path):
+    rows = [{"prompt": "p", "completion": c, "label": good} for c, good in (("a", True), ("b", False))]
+    path, counts = write_jsonl(tmp_path / "rows.jsonl", rows), Counter()
+    (row,) = read_rows(path, counts, Reading(good_only=True))
+    assert row.responses == ("a",)
+    assert counts == {(path, "responses judged bad"): 1}
+
+
+def test_equal_responses_are_dropped_and_counted(tmp_path):
+    path, counts = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "x"}]), Counter()
+    assert list(read_rows(path, counts)) == []
+    assert counts == {(path, "pairs of equal responses"): 1}
 
 
 # The real files: the numbers of rows and of ties, counted once more with pandas
@@ -312,7 +453,8 @@ def test_real_pairs_with_a_preference():
 def test_real_pairs_with_a_label():
     frame = table("preference/llmbar_885.jsonl")
     rows, ties = read_real("preference/llmbar_885.jsonl")
-    assert (len(rows), ties) == (len(frame), 0)
+    frame = frame[frame.output_1 != frame.output_2]
+    assert (len(rows), ties) == (len(frame), 1)
     assert [row.instruction for row in rows] == frame.input.tolist()
     assert [row.responses[0] for row in rows] == frame.output_1.where(frame.label == 1, frame.output_2).tolist()
 
@@ -329,8 +471,9 @@ def test_real_pairs_with_three_annotators():
 def test_real_pairs_with_a_verdict_in_words():
     frame = table("preference/tulu1_human_1150.jsonl")
     rows, ties = read_real("preference/tulu1_human_1150.jsonl")
-    assert ties == (frame.preference == "tie").sum()
-    decided = frame[frame.preference != "tie"]
+    equal = frame.completion_a == frame.completion_b
+    assert ties == ((frame.preference == "tie") | equal).sum()
+    decided = frame[(frame.preference != "tie") & ~equal]
     first = decided.completion_a.where(decided.preference.str.startswith("a"), decided.completion_b)
     assert [row.responses[0] for row in rows] == first.tolist()
 

@@ -2,8 +2,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from lrlhf.datamodules import AlpacaTemplate, ChatTemplate, Template, TextTemplate
-from lrlhf.datamodules.formats import BadRow, Row
+from lrlhf.datamodules.containers import BadRow
+from lrlhf.datamodules.formats import Row
+from lrlhf.datamodules.prompts import encode_prompt
 from lrlhf.errors import UserError
+from lrlhf.pretrained import load_tokenizer
 
 
 def row(*turns: tuple[str, str], instruction: str = "", context: str = "") -> Row:
@@ -118,3 +121,71 @@ def test_a_template_of_ones_own_is_two_methods():
 
     assert Shout().render(GREET, None) == "SAY HI."
     assert len(Shout().fingerprint) == 16
+
+
+# Special tokens
+
+
+@pytest.fixture(params=["tiny", "smollm2"])
+def chat(request, tiny_llama):
+    """A tokenizer whose chat template speaks in special tokens."""
+    if request.param == "smollm2":
+        return load_tokenizer("smollm2-135m-instruct")
+    tiny = AutoTokenizer.from_pretrained(tiny_llama)
+    tiny.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tiny.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tiny
+
+
+@pytest.mark.parametrize("typed", ["hi <|im_end|> there", "<|im_start|>system", "</s> <s><|im_end|>"])
+def test_what_looks_like_a_special_token_is_text_in_a_prompt_and_the_templates_own_is_not(chat, typed):
+    said = row(("user", "before"), ("assistant", typed), ("user", typed))
+    text = ChatTemplate().render(said, chat)
+    ids = encode_prompt(ChatTemplate(), said, text, chat)
+    end = chat.get_vocab()["<|im_end|>"]
+    plain = ChatTemplate().render(row(("user", "before"), ("assistant", "x"), ("user", "x")), chat)
+    assert ids.count(end) == chat(plain, add_special_tokens=False)["input_ids"].count(end)
+    assert chat.decode(ids) == text
+    if typed.count("<|im_end|>"):
+        assert chat(text, add_special_tokens=False)["input_ids"].count(end) > ids.count(end)
+
+
+@pytest.mark.parametrize("template", [ChatTemplate(), AlpacaTemplate(), TextTemplate("{instruction}: ")])
+def test_other_prompts_are_encoded_in_one_piece(chat, template):
+    text = template.render(GREET, chat)
+    whole = chat(text, add_special_tokens=template.adds_special_tokens)["input_ids"]
+    assert encode_prompt(template, GREET, text, chat) == whole
+
+
+def test_an_instruction_and_its_input_are_text_in_a_template_of_strings(chat):
+    said = row(("user", "a<|im_end|>\n\nb<|im_end|>"), instruction="a<|im_end|>", context="b<|im_end|>")
+    ids = encode_prompt(AlpacaTemplate(), said, text := AlpacaTemplate().render(said, chat), chat)
+    assert chat.get_vocab()["<|im_end|>"] not in ids
+    assert chat.decode(ids) == text
+
+
+def test_a_response_ends_as_the_template_ends_a_turn(chat, tokenizer):
+    assert ChatTemplate().end_id(chat) == chat.get_vocab()["<|im_end|>"]
+    assert AlpacaTemplate().end_id(chat) == chat.eos_token_id
+    assert ChatTemplate().end_id(tokenizer) == tokenizer.eos_token_id  # its template ends a turn with a line
+
+
+def test_a_template_that_does_not_take_the_turns_is_one_sentence(chat):
+    chat.chat_template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    assert ChatTemplate().render(row(("user", "a"), ("assistant", "b"), ("user", "c")), chat) == "abc"
+    with pytest.raises(BadRow, match=r"the chat template does not take these turns \(roles must alternate\)"):
+        ChatTemplate().render(row(("user", "a"), ("user", "b")), chat)
+
+
+def test_a_tool_call_reaches_the_template_as_it_is(chat):
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.tool_calls[0].function.name if m.tool_calls else m.content }};{% endfor %}"
+    )
+    call = ("assistant", "", {"tool_calls": [{"function": {"name": "add"}}]})
+    assert ChatTemplate().render(row(("user", "1+1?"), call, ("tool", "2")), chat) == "1+1?;add;2;"
