@@ -178,6 +178,8 @@ class Adapters:
 
     def __init__(self, model: Any):
         self.model = model
+        self.layers = ""
+        """Which layers the newest adapter lies on, by name and number, as a text."""
         self._peft: PeftModel | None = None
 
     @property
@@ -191,7 +193,7 @@ class Adapters:
         Raises:
             UserError: settings that fit no layer, or layers that take no adapter here.
         """
-        config, first = lora.peft_config(self.model), not self.names
+        config = lora.peft_config(self.model)
         try:
             if self._peft:
                 self._peft.add_adapter(name, config)
@@ -199,9 +201,7 @@ class Adapters:
                 self._wrap(PeftModel(self.model, config, adapter_name=name))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"lora: {error}") from error
-        found = self._check_layers(name, lora.targets)
-        if first:
-            rank_zero_info(f"LoRA of rank {lora.r} on {found}")
+        self.layers = self._check_layers(name, lora.targets)
 
     def load(self, name: str, folder: Path) -> None:
         """An adapter from its peft folder.

@@ -12,7 +12,7 @@ Run forward and backward of one role inside one `with backbone.role(...)`.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -324,6 +324,20 @@ class Backbone(nn.Module):
     def adapters(self) -> list[str]:
         """Names of the adapters that exist."""
         return self._adapters.names
+
+    def summary(self) -> str:
+        """What trains, of how much, in which roles."""
+
+        def millions(parameters: Iterable[nn.Parameter]) -> str:
+            return f"{sum(p.numel() for p in parameters) / 1e6:,.2f} M"
+
+        roles = " and ".join(f"{role} ({millions(found)})" for role, found in self._trainable.items())
+        still = ", ".join(role for role in self.stacks if role not in self._trainable)
+        lora = f", LoRA of rank {self.lora.r} on {self._adapters.layers}" if self.lora and self.adapters else ""
+        return (
+            f"Training {roles} of {millions(self.parameters())} on {self.base_model} in {self.model.dtype}{lora}"
+            + (f"; {still} stay as they are" if still else "")
+        ).replace("torch.", "")
 
     def _new_head(self, start: Literal["random", "zero"]) -> nn.Linear:
         width = self.model.get_output_embeddings().in_features

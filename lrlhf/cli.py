@@ -10,11 +10,11 @@ from collections.abc import Sequence
 USAGE = """usage: lrlhf COMMAND [options]
 
   fit        train one stage:        lrlhf fit --config configs/demo/sft.yaml
-  validate   its held-out metrics:   lrlhf validate --config runs/sft/config.yaml
+  validate   its held-out metrics:   lrlhf validate --config runs/demo/sft/config.yaml
   test       the same on data.test
   predict    write responses in AlpacaEval format, or the scores of a reward model
   align      SFT, reward model and PPO, one after the other: lrlhf align --config configs/demo/align.yaml
-  plan      the memory that a run needs, before it runs: lrlhf plan --config configs/demo/ppo.yaml
+  plan       the memory that a run needs, before it runs: lrlhf plan --config configs/demo/sft.yaml
   verify-resume   prove on your config that a killed run ends like an uninterrupted one
   report     tables, plots and an HTML page of an align run: lrlhf report runs/demo
 

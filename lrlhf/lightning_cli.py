@@ -6,16 +6,18 @@ from typing import Any, NoReturn
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lrlhf.callbacks import Checkpoints, PredictionWriter
 from lrlhf.checkpoints import FOLDER, load, newest_checkpoint
 from lrlhf.errors import UserError
 from lrlhf.messages import one_sentence
 from lrlhf.metrics_file import MetricsFile
+from lrlhf.modules.base import AlignmentModule
 from lrlhf.run_folder import clear, refuse_other_run
 from lrlhf.settings import check_configs
 
@@ -26,6 +28,14 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what jsonargparse would print."""
         raise UserError(one_sentence(message)) from ex
+
+    def dump(self, cfg: Namespace, *arguments: Any, **options: Any) -> str:
+        """What is printed or saved is what runs, the keys that are linked included."""
+        cfg = cfg.clone()
+        if cfg.get("data.init_args.task") and cfg.get("model.class_path"):
+            cfg["data.init_args.task"] = task_of(cfg.model)
+            cfg["data.init_args.tokenizer"] = cfg.get("model.init_args.base_model", cfg["data.init_args.tokenizer"])
+        return super().dump(cfg, *arguments, **{"skip_link_targets": False, **options})
 
     def instantiate_classes(self, *arguments: Any, **options: Any) -> Namespace:
         """A setting that a class refuses is the user's to mend, however deep jsonargparse wraps the refusal."""
@@ -54,7 +64,7 @@ def task_of(model: Namespace) -> str:
     """The `task` attribute of the model's class: the view of the data that it trains on."""
     from jsonargparse._util import import_object
 
-    return getattr(import_object(model.class_path), "task", "sft")
+    return getattr(import_object(model.class_path), "task", "sft") if model else "sft"
 
 
 def link(parser: LightningArgumentParser) -> None:
@@ -91,8 +101,6 @@ class AlignmentCLI(LightningCLI):
         """From a list of arguments, also when the process has others of its own."""
         check_configs(args if isinstance(args, list) else [])
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
-        if (path := self.config.get(f"{self.command}.ckpt_path")) and path not in ("best", "last", "hpc"):
-            load(Path(path))
 
     def before_instantiate_classes(self) -> None:
         """Lightning's `fsdp` wraps the whole module and trains wrongly with manual optimization; take ours."""
@@ -103,23 +111,33 @@ class AlignmentCLI(LightningCLI):
             trainer.strategy = "fsdp2"
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """The run folder, its logger, its checkpoints, and predictions that are written."""
+        """The run folder, its logger, its checkpoints, and predictions that are written.
+
+        A module that is not lrlhf's is checkpointed by Lightning's own callback.
+        """
         config = self._get(self.config_init, "trainer")
-        folder = config.get("default_root_dir") or f"runs/{getattr(self.model, 'role', 'model')}"
+        ours = isinstance(self.model, AlignmentModule)
+        _refuse_unfit(self.model, self.datamodule, str(self.subcommand))
+        folder = str(
+            Path(config.get("default_root_dir") or f"runs/{getattr(self.model, 'role', 'model')}").expanduser()
+        )
         if Path(folder).exists() and not Path(folder).is_dir():
             raise UserError(f"trainer.default_root_dir={folder} is a file; name a folder for the run.")
         kwargs["default_root_dir"] = folder
         callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if self.subcommand == "fit":
             if config.get("logger") in (None, True):
                 kwargs["logger"] = MetricsFile(folder)
             if config.get("enable_checkpointing") in (None, True) and not _has(callbacks, Checkpoint):
-                callbacks = [*callbacks, Checkpoints()]
+                lightnings = ModelCheckpoint(Path(folder) / FOLDER, save_last=True)
+                callbacks = [*callbacks, Checkpoints() if ours else lightnings]
         else:
             kwargs |= {"logger": False, "enable_checkpointing": False}
             callbacks = [c for c in callbacks if not isinstance(c, Checkpoint)]
-        if self.subcommand == "predict" and not _has(callbacks, PredictionWriter):
+        if self.subcommand == "predict" and ours and not _has(callbacks, PredictionWriter):
             callbacks = [*callbacks, PredictionWriter()]
+        kwargs["enable_model_summary"] = bool(config.get("enable_model_summary"))
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -131,15 +149,33 @@ class AlignmentCLI(LightningCLI):
         if config["fresh"]:
             if self.trainer.is_global_zero:
                 clear(run)
-        elif config.get("ckpt_path") is None and (newest := newest_checkpoint(run)):
-            as_long = refuse_other_run(self._values(), run)
-            if load(newest).get("complete") and as_long and (run / "handover/manifest.json").is_file():
-                raise NothingLeft(
-                    f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh"
-                )
+        elif not self._given_checkpoint() and (newest := self._newest(run)):
+            if isinstance(self.model, AlignmentModule):
+                as_long = refuse_other_run(self._values(), run)
+                if load(newest).get("complete") and as_long and (run / "handover/manifest.json").is_file():
+                    raise NothingLeft(
+                        f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh"
+                    )
             if self.trainer.is_global_zero:
                 print(f"Going on from {newest}")
             config["ckpt_path"] = str(newest)
+
+    def _given_checkpoint(self) -> bool:
+        """Whether --ckpt_path names one; if so it is whole."""
+        config = self.config_init[str(self.subcommand)]
+        path = config.get("ckpt_path")
+        if path and path not in ("best", "last", "hpc"):
+            config["ckpt_path"] = str(Path(path).expanduser())
+            if isinstance(self.model, AlignmentModule):
+                load(Path(config["ckpt_path"]))
+        return bool(path)
+
+    def _newest(self, run: Path) -> Path | None:
+        """Of our own checkpoints, or the one that Lightning's callback keeps for another module."""
+        if isinstance(self.model, AlignmentModule):
+            return newest_checkpoint(run)
+        last = run / FOLDER / "last.ckpt"
+        return last if last.is_file() else None
 
     def _values(self) -> dict[str, Any]:
         """The resolved config as config.yaml would hold it."""
@@ -149,9 +185,9 @@ class AlignmentCLI(LightningCLI):
     def _use_newest_checkpoint(self) -> None:
         """Evaluate the run's own newest checkpoint unless --ckpt_path names another."""
         config, run = self.config_init[str(self.subcommand)], Path(self.trainer.default_root_dir)
-        if config.get("ckpt_path") is not None:
+        if self._given_checkpoint():
             return
-        newest = newest_checkpoint(run)
+        newest = self._newest(run)
         if newest is None:
             raise UserError(
                 f"{self.subcommand}: no checkpoint in {run / FOLDER}; run fit with the same config first, or give "
@@ -162,6 +198,19 @@ class AlignmentCLI(LightningCLI):
         config["ckpt_path"] = str(newest)
 
     before_validate = before_test = before_predict = _use_newest_checkpoint
+
+
+def _refuse_unfit(model: L.LightningModule, data: L.LightningDataModule | None, command: str) -> None:
+    """A class that cannot run, and a module of ours without its data."""
+    step = {"fit": "training_step", "validate": "validation_step", "test": "test_step"}.get(command)
+    if step and not is_overridden(step, model, L.LightningModule):
+        raise UserError(
+            f"config key model: {type(model).__name__} has no {step}; name a module that has, such as lrlhf.SFT."
+        )
+    if type(data) is L.LightningDataModule or (data is None and isinstance(model, AlignmentModule)):
+        raise UserError(
+            "config key data: name a data module, such as class_path: lrlhf.AlpacaDataModule with init_args.train."
+        )
 
 
 def _has(callbacks: list[Any], kind: type) -> bool:
@@ -189,12 +238,11 @@ def run_stage(arguments: list[str], cli: type[AlignmentCLI] = AlignmentCLI) -> A
     try:
         return cli(
             L.LightningModule,
-            L.LightningDataModule,
             subclass_mode_model=True,
-            subclass_mode_data=True,
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"max_epochs": 1, "use_distributed_sampler": False},
+            auto_configure_optimizers=False,
             parser_class=Parser,
             args=arguments,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from torch import nn
 
@@ -148,14 +149,14 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
 
     Under `torch.device("meta")` its shapes alone, unquantised, from config.json.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         source = resolve(base_model)
         if torch.get_default_device().type == "meta":
-            return with_gates(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype))
+            return with_gates(AutoModelForCausalLM.from_config(shape(source), dtype=dtype))
         if quantize is None:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         else:
@@ -171,6 +172,31 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"base_model={base_model}: no causal language model there ({first_line(error)}).") from error
+
+
+def shape(source: str) -> Any:
+    """The config of a model: of those that are shipped (shapes.yaml), of a folder, or of the hub.
+
+    Raises:
+        UserError: it is not shipped and not on this machine, and the hub does not answer within seconds.
+    """
+    from huggingface_hub import constants, get_session
+    from transformers import AutoConfig
+
+    shipped = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text())
+    if source in shipped:
+        return AutoConfig.for_model(**shipped[source])
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=True)
+    except OSError:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=3)
+        except Exception:
+            raise UserError(
+                f"base_model={source}: its config.json is not on this machine, and the hub does not answer; "
+                "give a folder that holds it."
+            ) from None
+        return AutoConfig.from_pretrained(source)
 
 
 class Linear(nn.Linear):

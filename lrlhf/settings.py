@@ -66,7 +66,14 @@ def check_run(command: str, arguments: Sequence[str]) -> None:
         UserError: settings that contradict each other, or a data file or hand-over folder that is not there.
     """
     given = check_configs(arguments)
-    if any(re.match(r"-h$|--(\w+\.)*(help|print_config)\b", word) for word in arguments):
+    if any(re.match(r"-h$|--(\w+\.)*help\b", word) for word in arguments):
+        return
+    if not given.get("model", ("",))[0]:
+        raise UserError(
+            f"{command}: config key model names no module, such as class_path: lrlhf.SFT; a first command is "
+            f"lrlhf {command} --config configs/demo/sft.yaml."
+        )
+    if any(re.match(r"--(\w+\.)*print_config\b", word) for word in arguments):
         return
     for kind, together in given.values():
         known = settings_of(kind) or ()
@@ -88,7 +95,9 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any, Any]]:
         how a message about it begins, the part, its class if it is named there, and settings.
     """
     for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)]):
-        path, (part, *keys) = Path(value), option.split(".")
+        path, (part, *keys) = Path(value).expanduser(), option.split(".")
+        if part in ("--model", "--data", "--trainer") and not keys:
+            _refuse_no_settings(f"config key {part[2:]}", part[2:], value)
         if part in ("--model", "--data") and keys in ([], ["class_path"]):
             yield "", part[2:], value, None
         elif part in ("--model", "--data", "--trainer") and keys != ["help"] and not option.endswith("+"):
@@ -104,6 +113,17 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any, Any]]:
                 if isinstance(inner, dict):
                     settings = inner.get("init_args", inner)
                     yield f"{path}: config key {part}.", part, inner.get("class_path"), settings
+                elif inner is not None:
+                    _refuse_no_settings(f"{path}: config key {part}", part, inner)
+                    yield "", part, inner, None
+
+
+def _refuse_no_settings(where: str, part: str, value: Any) -> None:
+    """Of model and data a class may stand alone; the trainer has settings and no class."""
+    if part == "trainer" and not str(value).startswith("{"):
+        raise UserError(f"{where}: expected settings, such as accelerator: cpu, got {value}.")
+    if part != "trainer" and not isinstance(value, str):
+        raise UserError(f"{where}: expected class_path and init_args, got {value}.")
 
 
 def _read(value: Any) -> Any:

@@ -1,12 +1,21 @@
-"""What the documents name exists."""
+"""What the documents name exists, and what they tell to type runs."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 import lrlhf
 import lrlhf.functional
+from lrlhf import align, verify_resume
+from lrlhf.cli import USAGE
+from lrlhf.lightning_cli import AlignmentCLI, run_stage
+from lrlhf.modules.base import AlignmentModule
+from lrlhf.planning.command import read
+from lrlhf.settings import check_configs, check_run
+from tests.modules.helpers import train_reward, train_sft
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
@@ -36,3 +45,73 @@ def test_the_swap_in_the_readme_runs(tmp_path, tiny_llama, data_files, monkeypat
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "handover/manifest.json").is_file()
+
+
+# Commands
+
+
+def commands() -> list[str]:
+    """Every lrlhf command that help, README, docs and configs show, each once."""
+    texts = [USAGE, *(path.read_text() for path in DOCUMENTS)]
+    place = r"(?:^|: +|^#\s+|`|^\s*srun .*)"
+    shown = [found for text in texts for found in re.findall(place + r"(lrlhf [a-z-]+ [^`\n]*)", text, re.M)]
+    lines = {re.split(r"\s+#|\s{2,}(?=[A-Z])", command)[0].strip() for command in shown}
+    return sorted(line for line in lines if " --config " in line or line.startswith("lrlhf report"))
+
+
+class Built(AlignmentCLI):
+    """A command that ends when model and data are built."""
+
+    def instantiate_trainer(self, **_):
+        return None
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, tiny_llama, data_files):
+    """A folder like a checkout in which the earlier stages have run."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "demo"):
+        (folder / name).symlink_to(ROOT / name)
+    train_sft(tiny_llama, data_files, folder / "sft", limit_train_batches=1)
+    train_reward(tiny_llama, data_files, folder / "reward", sft=str(folder / "sft/handover"), limit_train_batches=1)
+    for run in ("runs", "runs/demo"):
+        for stage in ("sft", "reward"):
+            shutil.copytree(folder / stage / "handover", folder / run / stage / "handover")
+            shutil.copy(ROOT / f"configs/demo/{stage}.yaml", folder / run / stage / "config.yaml")
+    (folder / "data").mkdir()
+    shutil.copy(data_files["pairs"], folder / "data/alpaca_human_preference.json")  # which configs/reward.yaml asks for
+    (folder / "runs/ppo").mkdir()
+    shutil.copy(ROOT / "configs/demo/sft.yaml", folder / "runs/ppo/config.yaml")
+    shutil.copy(ROOT / "configs/demo/sft.yaml", folder / "run.yaml")
+    return folder
+
+
+def test_there_are_commands_to_check():
+    assert {line.split()[1] for line in commands()} >= {"fit", "validate", "predict", "plan", "align", "report"}
+    assert len(commands()) > 15
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_that_is_shown_runs_as_shown(line, checkout, monkeypatch):
+    """To the point where model and data are built, or the plan's job is read."""
+    monkeypatch.chdir(checkout)
+    command, *arguments = shlex.split(line)[1:]
+    if command == "verify-resume":
+        command, (_, arguments) = "fit", verify_resume._options(arguments)
+    if command in ("fit", "validate", "test", "predict"):
+        check_run(command, arguments)
+        built = run_stage([command, *arguments], Built)
+        assert isinstance(built.model, AlignmentModule)
+        assert isinstance(built.datamodule, lrlhf.AlpacaDataModule)
+    elif command == "plan":
+        check_configs(arguments)
+        assert read([word for word in arguments if word not in ("--gpu-memory", "24GB")]).rows
+    elif command == "align":
+        plan = align.Plan.read(arguments)
+        for stage in plan.stages:
+            check_configs(align._arguments(plan, stage))
+    else:
+        assert (command, len(arguments)) == ("report", 1)

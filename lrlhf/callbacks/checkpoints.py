@@ -43,6 +43,11 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Come first: what other callbacks do at the start of an iteration belongs to that iteration."""
+        if not hasattr(pl_module, "iteration"):
+            raise UserError(
+                f"Checkpoints counts the iterations of lrlhf's modules, which {type(pl_module).__name__} has none of; "
+                "use lightning.pytorch.callbacks.ModelCheckpoint."
+            )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.remove(self)
         callbacks.insert(0, self)

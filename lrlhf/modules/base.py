@@ -27,7 +27,7 @@ from lrlhf.handover import Handover
 from lrlhf.modules.self_check import check_passes
 from lrlhf.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
 from lrlhf.quantization import Quantization, refuse_paged
-from lrlhf.types import Prompts
+from lrlhf.types import Preferences, Prompts, Sequences
 
 
 @dataclass(frozen=True)
@@ -189,16 +189,32 @@ class AlignmentModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check that the data speaks the parents' template, and begin with equal weights in all processes."""
+        rank_zero_info(self.backbone.summary())
         distributed.broadcast(self.backbone.trainable())
         for parent in self.parents.values():
             parent.check_template(self.template_fingerprint())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Before the first iteration of every fit: do our passes say what the model says?"""
+        self._check_batch(batch)
         if not self._checked:
             with gathered(self.backbone):
                 self.self_check(batch)
             self._checked = True
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Is this a batch of this stage?"""
+        self._check_batch(batch)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def _check_batch(self, batch: Any) -> None:
+        kinds = {"sft": (Sequences, Prompts), "preference": (Preferences,), "prompts": (Prompts,)}[self.task]
+        if not isinstance(batch, kinds):
+            raise UserError(
+                f"{type(self).__name__} takes batches of lrlhf.types.{kinds[0].__name__}, not {type(batch).__name__}; "
+                "use lrlhf.AlpacaDataModule, or a data module that collates such batches."
+            )
 
     def self_check(self, batch: Any) -> None:
         """Compare our passes with the model's own on rows of the first batch.
