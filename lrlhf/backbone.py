@@ -39,7 +39,7 @@ from lrlhf.architecture import (
 from lrlhf.errors import UserError
 from lrlhf.functional import last_true, position_ids, shared_prefix
 from lrlhf.functional.packing import pack, packed_mask, unpack
-from lrlhf.pretrained import fingerprint_model, load_model
+from lrlhf.pretrained import fingerprint_model, first_line, load_model
 from lrlhf.quantization import Quantization
 from lrlhf.types import Sequences
 
@@ -76,10 +76,14 @@ class Backbone(nn.Module):
         self.lora = lora
         self.model: Any = load_model(base_model, getattr(torch, dtype), quantize).requires_grad_(False).eval()
         self.fingerprint = (f"{quantize.kind}-" if quantize else "") + fingerprint_model(self.model)
-        self.by_length = carries_state(self.model) or not comes_out_alike(self.model, packed=False)
-        """Whether rows run in groups of equal length, without padding, which would change them."""
-        self._stays_packed = not packs(self.model) or comes_out_alike(self.model, packed=True)
-        self._plain_head = isinstance(logits_of(self.model), nn.Module)
+        try:
+            self.by_length = carries_state(self.model) or not comes_out_alike(self.model, packed=False)
+            """Whether rows run in groups of equal length, without padding, which would change them."""
+            self._stays_packed = not packs(self.model) or comes_out_alike(self.model, packed=True)
+            self._plain_head = isinstance(logits_of(self.model), nn.Module)
+        except (RuntimeError, TypeError, KeyError, IndexError) as error:
+            kind = quantize.kind if quantize else dtype
+            raise UserError(f"base_model={base_model} does not run in {kind} ({first_line(error)}).") from error
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.stacks: dict[str, tuple[str, ...]] = {}

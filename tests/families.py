@@ -7,17 +7,19 @@ Two layers, width 48, random weights enlarged so that log-probs differ by more t
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lrlhf import LoRA, Quantization, Sampling
+from lrlhf import LoRA, Quantization, Sampling, UserError
 from lrlhf.backbone import Backbone
 from lrlhf.datamodules.collate import pad
 from lrlhf.functional import token_statistics
 from lrlhf.generation import sample_responses
+from lrlhf.quantization import keep_gradients
 from lrlhf.types import Sequences
 from tests.conftest import save_tokenizer
 
@@ -270,6 +272,8 @@ def measure(folder: str, work: Path, dtype: str = "float32", quantize: Quantizat
         update = logprobs()
     options = {"quantization_config": quantize.config(getattr(torch, dtype))} if quantize else {}
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+    if quantize:
+        keep_gradients(base)  # the kernel that it switches off takes widths of 64 and no others
     plain = PeftModel.from_pretrained(base, str(work / "policy")).eval()
     difference, greedy = 0.0, 0
     for i in range(len(text)):
@@ -290,3 +294,37 @@ def measure(folder: str, work: Path, dtype: str = "float32", quantize: Quantizat
 def plain_logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """[N, V] of one row [N], without a cache."""
     return model(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+
+
+TABLE = Path(__file__).parent.parent / "docs/models.md"
+MARK = "| family |"
+"""Where the table of the page begins; what stands above it is written by hand."""
+COLUMNS = f"{MARK} rows run | fp32 | answers | bf16 | nf4 | adapters |\n|---|---|---|---|---|---|---|\n"
+
+
+def main() -> None:
+    """Measure every family and write the table."""
+    lines = []
+    for name in FAMILIES:
+        with TemporaryDirectory() as folder:
+            model = build(name, Path(folder) / "model")
+            found = measure(model, Path(folder))
+            others = []
+            for dtype, quantize in (("bfloat16", None), ("float32", Quantization("nf4"))):
+                try:
+                    others.append(f"{measure(model, Path(folder), dtype, quantize).difference:.2g}")
+                except UserError:
+                    others.append("refused")
+                except KeyError:  # RWKV rescales its weights in the forward pass
+                    others.append("fails in transformers")
+            targets = targets_for(model)
+            adapters = f"{found.targets} linear layers" if targets is None else f"set lora.targets, e.g. {targets}"
+            cells = [name, found.runs, f"{found.difference:.0e}", f"{found.greedy}/4", *others, adapters]
+            lines.append(f"| {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    text = TABLE.read_text().partition(MARK)[0]
+    TABLE.write_text(text + COLUMNS + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

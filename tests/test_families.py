@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 import lrlhf.architecture
 import lrlhf.backbone
-from lrlhf import SFT, AlpacaDataModule, PPOPolicy, RewardModel, Sampling, TextTemplate, UserError
+from lrlhf import SFT, AlpacaDataModule, PPOPolicy, Quantization, RewardModel, Sampling, TextTemplate, UserError
 from lrlhf.adapters import LoRA
 from lrlhf.backbone import Backbone
 from lrlhf.handover import Handover
@@ -60,6 +60,12 @@ def test_a_layer_that_carries_a_state_is_told_from_the_config_or_the_layers(fami
     assert lrlhf.architecture.carries_state(model)
     monkeypatch.setattr(type(model), "_is_stateful", False)
     assert lrlhf.architecture.carries_state(model) or name == "rwkv"
+
+
+def test_a_family_that_a_quantised_base_cannot_be_is_refused_in_one_sentence(family):
+    """Mamba's slow path multiplies by a weight of its own accord, which is packed in nf4."""
+    with pytest.raises(UserError, match="does not run in nf4"):
+        Backbone(family("mamba"), lora=LoRA(targets=["in_proj"]), quantize=Quantization("nf4"))
 
 
 # The self-check
