@@ -53,7 +53,7 @@ class Plan:
                 raise UserError(f"align: unknown option --{name}; see lrlhf align --help.")
         if "config" not in options:
             raise UserError("align needs --config FILE, e.g. configs/demo/align.yaml.")
-        values = read_yaml(Path(options["config"]), "keys run, stages and compare")
+        values = read_yaml(Path(options["config"]).expanduser(), "keys run, stages and compare")
         unknown = values.keys() - {"run", "stages", "compare"}
         if unknown:
             raise UserError(
@@ -77,7 +77,7 @@ class Plan:
         if "seed" in options:
             for stage in STAGES:
                 overrides[stage] += ["--seed_everything", options["seed"]]
-        run = Path(options.get("run") or str(values.get("run") or "runs/align"))
+        run = Path(options.get("run") or str(values.get("run") or "runs/align")).expanduser()
         ordered = {stage: stages[stage] for stage in STAGES if stage in stages}
         return cls(run, ordered, compare, overrides)
 
@@ -108,7 +108,8 @@ def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
     from lrlhf.lightning_cli import run_stage
 
     folder, arguments = plan.run / stage, _arguments(plan, stage)
-    contents = [Path(file).read_text() for file in plan.stages[stage] if Path(file).is_file()]
+    files = [Path(file).expanduser() for file in plan.stages[stage]]
+    contents = [file.read_text() for file in files if file.is_file()]
     fingerprint = hashlib.sha256(json.dumps([upstream, arguments, contents]).encode()).hexdigest()[:16]
     record = folder / "stage.json"
     before = _read_record(record)

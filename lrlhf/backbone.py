@@ -341,6 +341,7 @@ class Backbone(nn.Module):
         return (
             f"Training {roles} of {millions(self.parameters())} on {self.base_model} in {self.model.dtype}{lora}"
             + (f"; {still} stay as they are" if still else "")
+            + ("; rows run by equal length" if self.by_length else "")
         ).replace("torch.", "")
 
     def _new_head(self, start: Literal["random", "zero"]) -> nn.Linear:

@@ -43,13 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             report(rest)
         elif command == "plan":
-            from lrlhf.settings import check_configs
+            from lrlhf.settings import check_run
 
-            check_configs(rest)
+            check_run(command, rest)
             from lrlhf.planning.command import main as plan
 
             plan(rest)
         elif command == "verify-resume":
+            from lrlhf.settings import check_run
+
+            check_run(command, rest)
             from lrlhf.verify_resume import main as verify_resume
 
             verify_resume(rest)

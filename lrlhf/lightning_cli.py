@@ -1,6 +1,9 @@
 """LightningCLI with two links, one run folder, and one sentence for a config that cannot be used."""
 
+import re
+from inspect import getfile
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, NoReturn
 
 import lightning as L
@@ -13,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lrlhf.callbacks import Checkpoints, PredictionWriter
-from lrlhf.checkpoints import FOLDER, load, newest_checkpoint
+from lrlhf.checkpoints import FOLDER, is_whole, load, newest_checkpoint
 from lrlhf.errors import UserError
 from lrlhf.messages import one_sentence
 from lrlhf.metrics_file import MetricsFile
@@ -60,11 +63,16 @@ class SaveConfig(SaveConfigCallback):
         scratch.replace(path)
 
 
-def task_of(model: Namespace) -> str:
-    """The `task` attribute of the model's class: the view of the data that it trains on."""
+def class_of(model: Namespace) -> Any:
+    """The class that a module's config names."""
     from jsonargparse._util import import_object
 
-    return getattr(import_object(model.class_path), "task", "sft") if model else "sft"
+    return import_object(model.class_path)
+
+
+def task_of(model: Namespace) -> str:
+    """The `task` attribute of the model's class: the view of the data that it trains on."""
+    return getattr(class_of(model), "task", "sft") if model else "sft"
 
 
 def link(parser: LightningArgumentParser) -> None:
@@ -101,6 +109,13 @@ class AlignmentCLI(LightningCLI):
         """From a list of arguments, also when the process has others of its own."""
         check_configs(args if isinstance(args, list) else [])
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        config = self.config.get(str(self.command))
+        if config and (path := config.get("ckpt_path")) and path not in ("best", "last", "hpc"):
+            config.ckpt_path = str(Path(path).expanduser())
+            if issubclass(class_of(config.model), AlignmentModule):
+                load(Path(config.ckpt_path))
+            elif Path(config.ckpt_path).is_file() and not is_whole(Path(config.ckpt_path)):
+                raise UserError(f"ckpt_path={path} is no checkpoint, or damaged; give another.")
 
     def before_instantiate_classes(self) -> None:
         """Lightning's `fsdp` wraps the whole module and trains wrongly with manual optimization; take ours."""
@@ -143,32 +158,37 @@ class AlignmentCLI(LightningCLI):
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {one_sentence(str(error))}") from error
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """A module of the user's that cannot use the batches of our data learns what they are."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (AttributeError, TypeError) as error:
+            kind = re.search("Sequences|Preferences|Prompts", str(error))
+            if not kind or isinstance(self.model, AlignmentModule):
+                raise
+            file = getfile(type(self.model))
+            lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
+            where = f" (line {lines[-1]} of {file})" if lines else ""
+            raise UserError(
+                f"{type(self.model).__name__} cannot use batches of lrlhf.types.{kind[0]}, which "
+                f"{type(self.datamodule).__name__} gives: {str(error).rstrip('.')}{where}."
+            ) from error
+
     def before_fit(self) -> None:
         """Go on from the run folder's newest checkpoint unless told otherwise."""
         config, run = self.config_init["fit"], Path(self.trainer.default_root_dir)
         if config["fresh"]:
             if self.trainer.is_global_zero:
                 clear(run)
-        elif not self._given_checkpoint() and (newest := self._newest(run)):
-            if isinstance(self.model, AlignmentModule):
-                as_long = refuse_other_run(self._values(), run)
-                if load(newest).get("complete") and as_long and (run / "handover/manifest.json").is_file():
-                    raise NothingLeft(
-                        f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh"
-                    )
+        elif config.get("ckpt_path") is None and (newest := self._newest(run)):
+            as_long, handed_over = refuse_other_run(self._values(), run), (run / "handover/manifest.json").is_file()
+            if isinstance(self.model, AlignmentModule) and load(newest).get("complete") and as_long and handed_over:
+                raise NothingLeft(
+                    f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh"
+                )
             if self.trainer.is_global_zero:
                 print(f"Going on from {newest}")
             config["ckpt_path"] = str(newest)
-
-    def _given_checkpoint(self) -> bool:
-        """Whether --ckpt_path names one; if so it is whole."""
-        config = self.config_init[str(self.subcommand)]
-        path = config.get("ckpt_path")
-        if path and path not in ("best", "last", "hpc"):
-            config["ckpt_path"] = str(Path(path).expanduser())
-            if isinstance(self.model, AlignmentModule):
-                load(Path(config["ckpt_path"]))
-        return bool(path)
 
     def _newest(self, run: Path) -> Path | None:
         """Of our own checkpoints, or the one that Lightning's callback keeps for another module."""
@@ -185,7 +205,7 @@ class AlignmentCLI(LightningCLI):
     def _use_newest_checkpoint(self) -> None:
         """Evaluate the run's own newest checkpoint unless --ckpt_path names another."""
         config, run = self.config_init[str(self.subcommand)], Path(self.trainer.default_root_dir)
-        if self._given_checkpoint():
+        if config.get("ckpt_path") is not None:
             return
         newest = self._newest(run)
         if newest is None:
@@ -202,8 +222,9 @@ class AlignmentCLI(LightningCLI):
 
 def _refuse_unfit(model: L.LightningModule, data: L.LightningDataModule | None, command: str) -> None:
     """A class that cannot run, and a module of ours without its data."""
-    step = {"fit": "training_step", "validate": "validation_step", "test": "test_step"}.get(command)
-    if step and not is_overridden(step, model, L.LightningModule):
+    step = {"fit": "training_step", "validate": "validation_step"}.get(command, f"{command}_step")
+    lacks = command != "predict" and not is_overridden(step, model, L.LightningModule)
+    if lacks or type(model) in (L.LightningModule, AlignmentModule):
         raise UserError(
             f"config key model: {type(model).__name__} has no {step}; name a module that has, such as lrlhf.SFT."
         )

@@ -1,5 +1,6 @@
 """What a config names on disk, and the sentence for what is not there: nothing is imported to say so."""
 
+import re
 from glob import glob
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def data_files(source: str) -> list[Path] | None:
         return found
     if path.exists():
         return [path]
-    if any(sign in source for sign in "*?["):
+    if re.search(r"[*?]|\[.*\]", source):
         found = sorted(map(Path, glob(str(path))))
         if not found:
             raise UserError(f"data {source}: no file matches.")

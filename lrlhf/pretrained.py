@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -115,8 +116,12 @@ def end_of_turn(tokenizer: Any) -> int:
         return tokenizer.eos_token_id
     said = "a1b2c3"
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]
-    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)[2]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    try:
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)[2]
+    except TemplateError:  # it takes other turns; then the tokenizer's word stands
+        return tokenizer.eos_token_id
+    added = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special or what.content.strip()}
+    special = added | set(tokenizer.all_special_ids)
     found = (token for token in tokenizer(behind, add_special_tokens=False)["input_ids"] if token in special)
     return next(found, tokenizer.eos_token_id)
 

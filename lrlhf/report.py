@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         got = " ".join(arguments) or "nothing"
         raise UserError(f"report: expected one RUN_FOLDER, got {got}; for example lrlhf report runs/demo.")
-    write_report(Path(arguments[0]))
+    write_report(Path(arguments[0]).expanduser())
 
 
 def write_report(run: Path) -> Path:

@@ -60,7 +60,8 @@ def _matters(key: str) -> bool:
 def _flat(values: Any, key: str = "") -> dict[str, Any]:
     """Nested mappings as one with dotted keys; how often the run is saved does not make it another run."""
     if key == "trainer.callbacks":
-        own = [c for c in values or [] if not str(c.get("class_path", "")).endswith("Checkpoints")]
+        listed = values if isinstance(values, list) else [values] if values else []
+        own = [c for c in listed if not str(c.get("class_path", "")).endswith(("Checkpoints", "ModelCheckpoint"))]
         return {key: own}
     if not isinstance(values, dict) or not values:
         return {key: values}

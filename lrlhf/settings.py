@@ -53,7 +53,7 @@ def check_configs(arguments: Sequence[str]) -> dict[str, tuple[str, dict[str, An
     kinds: dict[str, Any] = {"trainer": TRAINER}
     together: dict[str, dict[str, Any]] = {}
     for where, part, kind, settings in _given(arguments):
-        kinds[part] = kind or kinds.get(part, "")
+        kinds[part] = "" if kind == "null" else kind or kinds.get(part, "")
         _check_value(where, kinds[part], settings)
         together[part] = _merged(together.get(part, {}), settings if isinstance(settings, dict) else {})
     return {part: (kinds[part], settings) for part, settings in together.items() if part != "trainer"}
@@ -62,18 +62,21 @@ def check_configs(arguments: Sequence[str]) -> dict[str, tuple[str, dict[str, An
 def check_run(command: str, arguments: Sequence[str]) -> None:
     """As `check_configs`, and what can be said of all settings of model and data together.
 
+    For `plan` a module must be named, and no more: neither data nor earlier stages need be there.
+
     Raises:
         UserError: settings that contradict each other, or a data file or hand-over folder that is not there.
     """
     given = check_configs(arguments)
     if any(re.match(r"-h$|--(\w+\.)*help\b", word) for word in arguments):
         return
-    if not given.get("model", ("",))[0]:
+    if not given.get("model", ("",))[0] and not _other_configs(arguments):
+        first = "fit" if command in ("validate", "test", "predict") else command
         raise UserError(
             f"{command}: config key model names no module, such as class_path: lrlhf.SFT; a first command is "
-            f"lrlhf {command} --config configs/demo/sft.yaml."
+            f"lrlhf {first} --config configs/demo/sft.yaml."
         )
-    if any(re.match(r"--(\w+\.)*print_config\b", word) for word in arguments):
+    if command == "plan" or any(re.match(r"--(\w+\.)*print_config\b", word) for word in arguments):
         return
     for kind, together in given.values():
         known = settings_of(kind) or ()
@@ -83,7 +86,7 @@ def check_run(command: str, arguments: Sequence[str]) -> None:
         for key in ("sft", "reward_model"):
             for folder in _listed(settings.get(key)):
                 manifest(folder)
-        for key in ("train", "val") if command == "fit" else ():
+        for key in ("train", "val") if command in ("fit", "verify-resume") else ():
             for source in _listed(settings.get(key)):
                 data_files(source)
 
@@ -108,14 +111,20 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any, Any]]:
         elif option in ("--config", "-c") and (path.is_file() or path.suffix in (".yaml", ".yml")):
             values = read_yaml(path, "keys such as trainer, model and data")
             _check_keys(f"{path}: config key ", values, RUN_KEYS, RUN_KEYS + LIGHTNING_KEYS)
-            for part in ("model", "data", "trainer"):
-                inner = values.get(part)
+            for part in [part for part in ("model", "data", "trainer") if part in values]:
+                inner = "null" if values[part] is None else values[part]
                 if isinstance(inner, dict):
                     settings = inner.get("init_args", inner)
                     yield f"{path}: config key {part}.", part, inner.get("class_path"), settings
-                elif inner is not None:
+                else:
                     _refuse_no_settings(f"{path}: config key {part}", part, inner)
                     yield "", part, inner, None
+
+
+def _other_configs(arguments: Sequence[str]) -> bool:
+    """Whether a --config is something that was not looked into, for the parser to judge."""
+    words = pairwise([word for argument in arguments for word in argument.split("=", 1)])
+    return any(name in ("--config", "-c") and not Path(value).expanduser().is_file() for name, value in words)
 
 
 def _refuse_no_settings(where: str, part: str, value: Any) -> None:

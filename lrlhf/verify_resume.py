@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         return
     options, fit = _options(arguments)
     with tempfile.TemporaryDirectory(prefix="lrlhf-verify-") as temporary:
-        folder = Path(options.get("folder", temporary))
+        folder = Path(options.get("folder", temporary)).expanduser()
         whole, killed = folder / "uninterrupted", folder / "killed"
         if whole.exists() or killed.exists():
             raise UserError(f"{folder} holds an earlier verification; name another --folder.")

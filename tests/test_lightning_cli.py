@@ -1,5 +1,9 @@
 """The command line with modules and data of the user's own, and what it prints, saves and says."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 import yaml
@@ -70,6 +74,64 @@ def test_data_of_another_kind_is_one_sentence(stage, capsys):
     assert "SFT takes batches of lrlhf.types.Sequences, not Tensor; use lrlhf.AlpacaDataModule" in said
 
 
+def test_batches_of_ours_that_a_module_cannot_use_are_one_sentence_with_its_line(tmp_path, capsys, data_files):
+    data = ["--data", "lrlhf.AlpacaDataModule", "--data.init_args.train", data_files["sft"]]
+    folder = ["--trainer.default_root_dir", str(tmp_path)]
+    said = fails(capsys, "fit", "--model", f"{BORING}.BoringModel", *data, *folder, *SHORT)
+    assert "BoringModel cannot use batches of lrlhf.types.Sequences, which AlpacaDataModule gives: linear()" in said
+    assert re.search(r"\(line \d+ of \S+boring_classes.py\)\.$", said)
+
+
+def test_another_module_does_not_go_on_from_the_first_ones_checkpoint(tmp_path, capsys):
+    folder = ["--trainer.default_root_dir", str(tmp_path), *SHORT]
+    main(["fit", "--model", f"{BORING}.BoringModel", *folder])
+    said = fails(capsys, "fit", "--model", f"{BORING}.ManualOptimBoringModel", *folder)
+    assert "holds a run with other settings (model.class_path: " in said
+    main(["fit", "--model", f"{BORING}.ManualOptimBoringModel", "--fresh", *folder])
+
+
+def test_a_damaged_checkpoint_of_another_module_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "bad.ckpt").write_text("x")
+    said = fails(capsys, "fit", "--model", f"{BORING}.BoringModel", "--ckpt_path", str(tmp_path / "bad.ckpt"))
+    assert "bad.ckpt is no checkpoint, or damaged" in said
+
+
+@pytest.mark.parametrize("model", ["lightning.LightningModule", "lrlhf.modules.base.AlignmentModule"])
+def test_predicting_with_an_abstract_class_says_so(capsys, model):
+    """Any other module predicts by its forward pass."""
+    said = fails(capsys, "predict", "--model", model)
+    assert f"config key model: {model.rpartition('.')[2]} has no predict_step" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", f"{BORING}.BoringModel"], "it plans modules of lrlhf, such as lrlhf.SFT, not BoringModel."),
+        (["--model", "lrlhf.modules.base.AlignmentModule"], "it plans modules of lrlhf, such as lrlhf.SFT, not Align"),
+        (["--model", "lrlhf.SFT"], "data.init_args.max_prompt_tokens must be set"),
+        (["--model", "lrlhf.SFT", "--data", f"{BORING}.BoringDataModule"], "data.init_args.max_prompt_tokens must be"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(capsys, arguments, words):
+    assert words in fails(capsys, "plan", *arguments)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config", "null.yaml"], ["--model", "null"]])
+def test_without_a_module_every_command_shows_a_first_one_before_anything_slow_is_imported(tmp_path, arguments):
+    (tmp_path / "null.yaml").write_text("model: null")
+    program = f"""
+import sys
+from lrlhf.cli import main
+for command in ("fit", "validate", "test", "predict", "plan", "verify-resume"):
+    try: main([command, *{arguments}])
+    except SystemExit: print(command, "torch" in sys.modules, flush=True)
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.stdout.count("False") == 6
+    for said, first in zip(run.stderr.splitlines(), ["fit"] * 4 + ["plan", "verify-resume"], strict=True):
+        assert said.endswith(f"a first command is lrlhf {first} --config configs/demo/sft.yaml.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -96,6 +158,10 @@ def test_what_is_missing_or_abstract_is_named(capsys, arguments, words):
         ("model: lrlhf.SFT\ndata: null", "config key data: name a data module"),
         ("model: 5", "config key model: expected class_path and init_args, got 5"),
         ("trainer: cpu", "config key trainer: expected settings, such as accelerator: cpu, got cpu"),
+        (
+            "model: lrlhf.SFT\ntrainer: null",
+            "config key trainer: expected settings, such as accelerator: cpu, got null",
+        ),
     ],
 )
 def test_a_config_that_names_too_little_says_what_is_missing(tmp_path, capsys, text, words):

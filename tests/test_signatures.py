@@ -146,7 +146,7 @@ def test_a_setting_that_may_be_right_is_no_fault(name, key, value):
 def test_those_that_a_config_names_are_told():
     for name in ("SFT", "RewardModel", "PPOPolicy", "AlpacaDataModule", "DivergenceCallback", "Sampling", "Schedule"):
         assert settings_of(name)
-    assert settings_of("lrlhf.LoRA")["targets"] == "list[str]"
+    assert settings_of("lrlhf.LoRA")["targets"] == "list[str] | str | None"
 
 
 @pytest.mark.parametrize("name", ["torch.optim.AdamW", "mine.SFT", "lrlhf.Nothing", "lrlhf.UserError", ""])
@@ -305,7 +305,7 @@ DATA = "data: {class_path: lrlhf.AlpacaDataModule, init_args: {train: %s}}"
         (["model: {class_path: lrlhf.RewardModel, init_args: {sft: nowhere}}"], [], "nowhere is no hand-over folder"),
         ([POLICY, DATA % "nothing.json"], [], "data file nothing.json does not exist."),
         ([POLICY, DATA % "[0.yaml, nothing.json]"], [], "data file nothing.json does not exist."),
-        ([POLICY, DATA % "."], [], "data file . is a folder"),
+        ([POLICY, DATA % "."], [], "data . is a folder without data files"),
         ([POLICY, DATA % "0.yaml"], ["--data.val=[0.yaml,nothing.json]"], "data file nothing.json does not exist."),
     ],
 )
@@ -338,7 +338,8 @@ def test_what_a_later_file_or_another_command_makes_right_passes(monkeypatch, tm
     monkeypatch.chdir(tmp_path)
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.yaml").write_text(text)
-    check_run(command, [*(f"--config={i}.yaml" for i in range(len(texts))), *options])
+    model = [] if any("model:" in text for text in texts) else ["--model", "lrlhf.SFT"]
+    check_run(command, [*model, *(f"--config={i}.yaml" for i in range(len(texts))), *options])
 
 
 @pytest.mark.parametrize(

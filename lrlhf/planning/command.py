@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from lrlhf.errors import UserError
-from lrlhf.lightning_cli import AlignmentCLI, run_stage
+from lrlhf.lightning_cli import AlignmentCLI, class_of, run_stage
+from lrlhf.modules.base import AlignmentModule
 from lrlhf.planning.job import Job
 from lrlhf.planning.measure import measure, small
 from lrlhf.planning.plan import FRAGMENTATION, GIB, RUNTIME, Plan, largest, remedies
@@ -86,8 +87,11 @@ def parse_size(text: str) -> int:
 
 def read(arguments: list[str], *, gpu: bool = False, four_models: bool = False) -> Job:
     """The job that a config describes; `gpu` is what accelerator `auto` means."""
-    values = run_stage(["fit", *arguments], Configuration)._values()
-    trainer, model, data = values["trainer"], values["model"], values["data"]["init_args"]
+    cli = run_stage(["fit", *arguments], Configuration)
+    values, kind = cli._values(), class_of(cli.config.fit.model)
+    trainer, model, data = values["trainer"], values["model"], (values["data"] or {}).get("init_args", {})
+    if kind is AlignmentModule or not issubclass(kind, AlignmentModule):
+        raise UserError(f"plan: config key model: it plans modules of lrlhf, such as lrlhf.SFT, not {kind.__name__}.")
     settings = model["init_args"]
     for key in ("max_prompt_tokens", "max_response_tokens", "batch_size"):
         if not isinstance(data.get(key), int):
