@@ -542,3 +542,22 @@ def test_every_product_of_an_fp32_base_is_ours(backbone):
     counts = {event.key: event.count for event in record.key_averages()}
     linears = [name for name, m in backbone.model.named_modules() if isinstance(m, torch.nn.Linear)]
     assert counts["mkldnn::_linear_pointwise"] == len([name for name in linears if "lora_" not in name])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_full_copy_recomputes_its_own_layers(tiny_llama, checkpointing):
+    """A role that is a copy of the base, whose layers the base's checkpoints must not run."""
+    made = Backbone(tiny_llama, gradient_checkpointing=checkpointing)
+    made.add_role("policy", ("policy",), trainable=True)
+    with torch.no_grad():
+        made.copies["policy"].model.layers[0].mlp.up_proj.weight.mul_(2)
+    batch = sequences()
+    with made.role("policy"):
+        with torch.no_grad():
+            expected = made.encode(batch)
+        with made.training_pass(dropout=False):
+            states = made.encode(batch)
+            states.square().mean().backward()
+    torch.testing.assert_close(states[batch.response_mask], expected[batch.response_mask], atol=1e-6, rtol=1e-5)
+    assert all(p.grad is not None for p in made.trainable("policy") if p.ndim > 1)
+    assert all(p.grad is None for p in made.model.parameters())

@@ -53,6 +53,12 @@ def test_in_bf16_too_within_what_bf16_rounds_off(family, tmp_path, name):
     assert measure(family(name), tmp_path, "bfloat16").difference < 0.5
 
 
+def test_a_cap_is_seen_where_bf16_rounds_it_away_on_the_logits_at_hand(tmp_path):
+    """Logits below 1, which a cap at 30 changes by less than bf16 keeps."""
+    model = lrlhf.backbone.load_model(build("gemma2", tmp_path, scale=1.0), torch.bfloat16)
+    assert isinstance(lrlhf.architecture.logits_of(model), lrlhf.architecture.FinalLogits)
+
+
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_layer_that_carries_a_state_is_told_from_the_config_or_the_layers(family, name, monkeypatch):
     """Not from the name of the class alone, which transformers marks for most."""

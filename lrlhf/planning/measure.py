@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 
+from lrlhf.architecture import text_config
 from lrlhf.callbacks import DivergenceCallback
 from lrlhf.errors import UserError
 from lrlhf.planning.job import Job
@@ -39,7 +40,7 @@ def measure(job: Job) -> dict[Phase, int]:
     """Bytes at the peak of each phase, of two iterations on this machine."""
     module: Any = build(job, torch.device("cpu"))
     module.tokenizer = None
-    module.stop_ids = torch.tensor([module.backbone.model.config.vocab_size - 1])
+    module.stop_ids = torch.tensor([text_config(module.backbone.model).vocab_size - 1])
     module.hand_over = lambda: None
     if module.task == "prompts":
         if module.reward_function is not None:

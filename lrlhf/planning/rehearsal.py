@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lrlhf.architecture import text_config
 from lrlhf.backbone import Backbone
+from lrlhf.errors import UserError
 from lrlhf.functional import exact_kl, logprobs, position_ids
 from lrlhf.generation import choose
 from lrlhf.handover import Handover
@@ -26,7 +28,7 @@ from lrlhf.metrics import Means
 from lrlhf.modules.base import AlignmentModule
 from lrlhf.planning.job import Job
 from lrlhf.planning.ledger import Ledger
-from lrlhf.pretrained import with_cpu_kernels
+from lrlhf.pretrained import first_line, with_cpu_kernels
 from lrlhf.types import Experience, Preferences, Prompts, Rollout, Sequences
 
 Phase = Literal["load", "rollout", "score", "update", "checkpoint"]
@@ -89,7 +91,7 @@ class Understudy(Backbone):
         for module in self.model.modules() if layers else ():
             if isinstance(module, nn.ModuleList) and isinstance(next(iter(module), None), GradientCheckpointingLayer):
                 del module[layers:]
-                self.model.config.num_hidden_layers = layers
+                text_config(self.model).num_hidden_layers = layers
 
     def load_role(self, role: str, stack: tuple[str, ...], folder: Path, *, head: bool) -> None:
         """As large as what a folder would hold."""
@@ -174,7 +176,10 @@ def rehearse(job: Job) -> tuple[Bytes, Base]:
     Raises:
         UserError: settings that no run could use.
     """
-    moments, base = _rehearse(job, FEW)
+    try:
+        moments, base = _rehearse(job, FEW)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"plan: {job['base_model']} cannot be rehearsed ({first_line(error)}).") from error
     if base.layers > FEW:
         more, _ = _rehearse(job, FEW + 1 if base.alike else None)
         moments = [
@@ -198,7 +203,7 @@ def _rehearse(job: Job, layers: int | None) -> tuple[Moments, Base]:
     backbone: Any = module.backbone
     for model in (backbone.model, *backbone.copies.values()) if job.on_cpu else ():
         with_cpu_kernels(model)
-    ledger = Ledger(vocabulary=backbone.model.config.vocab_size)
+    ledger = Ledger(vocabulary=text_config(backbone.model).vocab_size)
     with _as_on(job), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         _make_fake(backbone)
         moments = [(phase, {k: n for k, n in kinds.items() if n}) for phase, kinds in _moments(module, job, ledger)]
