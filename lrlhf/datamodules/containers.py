@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,8 +144,3 @@ def _hub_records(source: str) -> Records:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise UserError(f"data set {source} is no local file and could not be loaded from the hub{offline}.") from error
     yield from enumerate(found, start=1)
-
-
-def half_a_character(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which no tokenizer takes."""
-    return bool(re.search("[\ud800-\udfff]", text))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lrlhf.datamodules.containers import BadRow, half_a_character, read_records
+from lrlhf.datamodules.containers import BadRow, read_records
 from lrlhf.errors import UserError
 
 ROLES = {
@@ -123,7 +123,9 @@ def read_rows(
                 raise record
             columns = Columns(record, reading.columns)
             row = _parse(columns, place, reading, from_zero)
-            if any(map(half_a_character, [*row.responses, *(turn[1] for turn in row.messages)])):
+            if any(
+                re.search("[\ud800-\udfff]", text) for text in (*row.responses, *(turn[1] for turn in row.messages))
+            ):
                 raise BadRow("a text holds half of a surrogate pair, which is no character")
             unused |= columns.unused()
             yield row
