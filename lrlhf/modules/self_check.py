@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 ROWS = 4
 """Rows that the checks look at."""
 
-LONGEST = 64
+LONGEST = 48
 """Tokens of the longest of them at most; the others have three quarters, a half and a quarter of them."""
 
-SAMPLED = 8
+SAMPLED = 4
 """Tokens sampled behind each."""
 
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02, "int8": 0.5}
