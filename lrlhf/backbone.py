@@ -340,7 +340,7 @@ class Backbone(nn.Module):
         lora = f", LoRA of rank {self.lora.r} on {self._adapters.layers}" if self.lora and self.adapters else ""
         return (
             f"Training {roles} of {millions(self.parameters())} on {self.base_model} in {self.model.dtype}{lora}"
-            + (f"; {still} stay as they are" if still else "")
+            + (f"; frozen: {still}" if still else "")
             + ("; rows run by equal length" if self.by_length else "")
         ).replace("torch.", "")
 
