@@ -75,6 +75,10 @@ class Backbone(nn.Module):
         self.base_model = base_model
         self.lora = lora
         self.model: Any = load_model(base_model, getattr(torch, dtype), quantize).requires_grad_(False).eval()
+        if quantize is not None and bool(getattr(text_config(self.model), "rescale_every", 0)):
+            raise UserError(
+                f"base_model={base_model} rescales its own weights, which {quantize.kind} cannot; quantize: null."
+            )
         self.fingerprint = (f"{quantize.kind}-" if quantize else "") + fingerprint_model(self.model)
         try:
             self.by_length = carries_state(self.model) or not comes_out_alike(self.model, packed=False)

@@ -315,8 +315,6 @@ def main() -> None:
                     others.append(f"{measure(model, Path(folder), dtype, quantize).difference:.2g}")
                 except UserError:
                     others.append("refused")
-                except KeyError:  # RWKV rescales its weights in the forward pass
-                    others.append("fails in transformers")
             targets = targets_for(model)
             adapters = f"{found.targets} linear layers" if targets is None else f"set lora.targets, e.g. {targets}"
             cells = [name, found.runs, f"{found.difference:.0e}", f"{found.greedy}/4", *others, adapters]

@@ -72,6 +72,8 @@ def test_a_family_that_a_quantised_base_cannot_be_is_refused_in_one_sentence(fam
     """Mamba's slow path multiplies by a weight of its own accord, which is packed in nf4."""
     with pytest.raises(UserError, match="does not run in nf4"):
         Backbone(family("mamba"), lora=LoRA(targets=["in_proj"]), quantize=Quantization("nf4"))
+    with pytest.raises(UserError, match="rescales its own weights, which nf4 cannot"):
+        Backbone(family("rwkv"), quantize=Quantization("nf4"))
 
 
 # The self-check
