@@ -55,7 +55,7 @@ def packs(model: Any) -> bool:
     config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"moe", "mlp"}
     whole = kinds <= {"full_attention"} and not getattr(config, "sliding_window", None)
-    return config._attn_implementation == "lrlhf" and whole and not carries_state(model)
+    return config._attn_implementation == "lrlhf" and whole
 
 
 @torch.no_grad()

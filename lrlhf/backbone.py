@@ -37,7 +37,7 @@ from lrlhf.architecture import (
     trunk,
 )
 from lrlhf.errors import UserError
-from lrlhf.functional import last_true, position_ids, shared_prefix
+from lrlhf.functional import equally_long, last_true, position_ids, shared_prefix
 from lrlhf.functional.packing import pack, packed_mask, unpack
 from lrlhf.pretrained import fingerprint_model, first_line, load_model
 from lrlhf.quantization import Quantization
@@ -83,7 +83,9 @@ class Backbone(nn.Module):
         try:
             self.by_length = carries_state(self.model) or not comes_out_alike(self.model, packed=False)
             """Whether rows run in groups of equal length, without padding, which would change them."""
-            self._stays_packed = not packs(self.model) or comes_out_alike(self.model, packed=True)
+            self._stays_packed = not self.by_length and (
+                not packs(self.model) or comes_out_alike(self.model, packed=True)
+            )
             self._plain_head = isinstance(logits_of(self.model), nn.Module)
         except (RuntimeError, TypeError, KeyError, IndexError) as error:
             kind = quantize.kind if quantize else dtype
@@ -217,7 +219,7 @@ class Backbone(nn.Module):
         return unpack(output.last_hidden_state, prefix, behind)[:, last - cut :]
 
     def _packs(self) -> bool:
-        return self._stays_packed and not self.by_length and packs(self._current())
+        return self._stays_packed and packs(self._current())
 
     def _worth_sharing(self, prompt_ids: Tensor, prompt_mask: Tensor) -> int:
         """How many first tokens, the same in all prompts, to run once for all rows: 0 if they are few.
@@ -413,8 +415,7 @@ def _recompute(layer: Any, checkpoint: Callable[..., Any], forward: Callable[...
 
 def _states_by_length(decoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Hidden states [B, T, H] of rows [B, T], 0 off the mask [B, T]: rows of equal length run together, unpadded."""
-    lengths = mask.sum(-1)
-    groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
+    groups = equally_long(mask)
     lines = [
         decoder(input_ids=ids[rows][mask[rows]].view(len(rows), -1), use_cache=False).last_hidden_state.flatten(0, 1)
         for rows in groups

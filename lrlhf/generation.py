@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lrlhf.backbone import Backbone
 from lrlhf.errors import UserError
-from lrlhf.functional import response_mask
+from lrlhf.functional import equally_long, response_mask
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,10 @@ def _by_length(
     backbone: Backbone, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, settings: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """As `sample_responses`: prompts of equal length together, so that none is padded."""
-    lengths = prompt_mask.sum(-1)
-    rows = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
-    pieces = []
+    rows, pieces = equally_long(prompt_mask), []
     for i in rows:
-        ids, mask = (x[i][:, -int(lengths[i[0]]) :] for x in (prompt_ids, prompt_mask))
+        length = int(prompt_mask[i[0]].sum())
+        ids, mask = (x[i][:, -length:] for x in (prompt_ids, prompt_mask))
         pieces.append(sample_responses(backbone, ids, mask, uniforms=uniforms[i], **settings))
     order = torch.cat(rows).argsort().tolist()
     columns = ([row for piece in pieces for row in piece[which]] for which in (0, 1))

@@ -97,7 +97,7 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any, Any]]:
     Yields:
         how a message about it begins, the part, its class if it is named there, and settings.
     """
-    for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)]):
+    for option, value in _options(arguments):
         path, (part, *keys) = Path(value).expanduser(), option.split(".")
         if part in ("--model", "--data", "--trainer") and not keys:
             _refuse_no_settings(f"config key {part[2:]}", part[2:], value)
@@ -121,10 +121,16 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, str, Any, Any]]:
                     yield "", part, inner, None
 
 
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each word with the one behind it, --name=value as two."""
+    return pairwise([word for argument in arguments for word in argument.split("=", 1)])
+
+
 def _other_configs(arguments: Sequence[str]) -> bool:
     """Whether a --config is something that was not looked into, for the parser to judge."""
-    words = pairwise([word for argument in arguments for word in argument.split("=", 1)])
-    return any(name in ("--config", "-c") and not Path(value).expanduser().is_file() for name, value in words)
+    return any(
+        name in ("--config", "-c") and not Path(value).expanduser().is_file() for name, value in _options(arguments)
+    )
 
 
 def _refuse_no_settings(where: str, part: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lrlhf.datamodules.collate import Tokenized, collate_preferences, collate_prompts, collate_sequences
 from lrlhf.datamodules.containers import BadRow
 from lrlhf.datamodules.formats import Reading, Row, read_rows
-from lrlhf.datamodules.prompts import AlpacaTemplate, Template, encode_prompt
+from lrlhf.datamodules.prompts import AlpacaTemplate, Template, encode_prompt, special_tokens
 from lrlhf.datamodules.sampler import BatchSampler
 from lrlhf.distributed import gather_objects
 from lrlhf.errors import UserError
@@ -137,6 +137,7 @@ class AlpacaDataModule(L.LightningDataModule):
                 "give the Trainer use_distributed_sampler=False: rows are shared out here, by global batch."
             )
         self.tokenizer = load_tokenizer(self.tokenizer_name)
+        self._special, self._end = special_tokens(self.tokenizer), self.template.end_id(self.tokenizer)
         if stage in ("fit", "validate") and "val" not in self.rows:
             self.rows["val"] = self._view("val", self.val_split)
         if stage == "fit" and "train" not in self.rows:
@@ -285,7 +286,7 @@ class AlpacaDataModule(L.LightningDataModule):
                 wanted = "an output" if need == 1 else "two responses and a preference"
                 raise BadRow(f"the {self.task} task needs {wanted}")
             text = self.template.render(row, self.tokenizer)
-            prompt = encode_prompt(self.template, row, text, self.tokenizer)
+            prompt = encode_prompt(self.template, row, text, self.tokenizer, self._special)
             if not prompt:
                 raise BadRow("the prompt has no tokens")
         except BadRow as error:
@@ -294,8 +295,7 @@ class AlpacaDataModule(L.LightningDataModule):
         if need == 1 and not row.responses[0].strip():
             self.dropped["empty outputs"] += 1
             return None
-        end = self.template.end_id(self.tokenizer)
-        responses = tuple([*self._plain_ids(response), end] for response in row.responses[:need])
+        responses = tuple([*self._plain_ids(response), self._end] for response in row.responses[:need])
         if len(prompt) > self.max_prompt_tokens:
             self.dropped[f"prompts over {self.max_prompt_tokens} tokens"] += 1
             return None

@@ -112,7 +112,12 @@ class ChatTemplate(Template):
         return "chat"
 
 
-def encode_prompt(template: Template, row: Row, text: str, tokenizer: Any) -> list[int]:
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The texts that a tokenizer takes for special tokens, wherever they stand."""
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def encode_prompt(template: Template, row: Row, text: str, tokenizer: Any, special: list[str]) -> list[int]:
     """Token ids of a rendered prompt: special tokens are the template's alone, never what somebody typed.
 
     Args:
@@ -120,8 +125,8 @@ def encode_prompt(template: Template, row: Row, text: str, tokenizer: Any) -> li
         row: with the texts that people wrote.
         text: the rendered prompt.
         tokenizer: of the base.
+        special: its `special_tokens`.
     """
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     written = [row.instruction, row.input, *(turn[1] for turn in row.messages)]
     if not any(token in said for token in special for said in written):
         return tokenizer(text, add_special_tokens=template.adds_special_tokens)["input_ids"]

@@ -22,7 +22,7 @@ from lrlhf.functional.divergence import (
 from lrlhf.functional.logprobs import log_softmax, token_statistics, vocabulary_divergence
 from lrlhf.functional.losses import policy_loss, preference_loss, value_loss
 from lrlhf.functional.masked import masked_mean, masked_sum, masked_variance, whiten
-from lrlhf.functional.sequences import append_end, last_true, position_ids, response_mask, shared_prefix
+from lrlhf.functional.sequences import append_end, equally_long, last_true, position_ids, response_mask, shared_prefix
 
 __all__ = [
     "absolute",
@@ -30,6 +30,7 @@ __all__ = [
     "append_end",
     "bregman",
     "clamped_kl",
+    "equally_long",
     "exact_alpha_divergence",
     "exact_forward_kl",
     "exact_js",

@@ -14,6 +14,12 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def equally_long(mask: Tensor) -> list[Tensor]:
+    """The rows of a mask [B, T] bool in groups of equally many true tokens: row numbers [N] int64, shortest first."""
+    lengths = mask.sum(-1)
+    return [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
+
+
 def shared_prefix(ids: Tensor, mask: Tensor) -> int:
     """How many first tokens all rows have in common, at least one of each row left over.
 

@@ -4,7 +4,7 @@ from transformers import AutoTokenizer
 from lrlhf.datamodules import AlpacaTemplate, ChatTemplate, Template, TextTemplate
 from lrlhf.datamodules.containers import BadRow
 from lrlhf.datamodules.formats import Row
-from lrlhf.datamodules.prompts import encode_prompt
+from lrlhf.datamodules.prompts import encode_prompt, special_tokens
 from lrlhf.errors import UserError
 from lrlhf.pretrained import load_tokenizer
 
@@ -144,7 +144,7 @@ def chat(request, tiny_llama):
 def test_what_looks_like_a_special_token_is_text_in_a_prompt_and_the_templates_own_is_not(chat, typed):
     said = row(("user", "before"), ("assistant", typed), ("user", typed))
     text = ChatTemplate().render(said, chat)
-    ids = encode_prompt(ChatTemplate(), said, text, chat)
+    ids = encode_prompt(ChatTemplate(), said, text, chat, special_tokens(chat))
     end = chat.get_vocab()["<|im_end|>"]
     plain = ChatTemplate().render(row(("user", "before"), ("assistant", "x"), ("user", "x")), chat)
     assert ids.count(end) == chat(plain, add_special_tokens=False)["input_ids"].count(end)
@@ -157,12 +157,13 @@ def test_what_looks_like_a_special_token_is_text_in_a_prompt_and_the_templates_o
 def test_other_prompts_are_encoded_in_one_piece(chat, template):
     text = template.render(GREET, chat)
     whole = chat(text, add_special_tokens=template.adds_special_tokens)["input_ids"]
-    assert encode_prompt(template, GREET, text, chat) == whole
+    assert encode_prompt(template, GREET, text, chat, special_tokens(chat)) == whole
 
 
 def test_an_instruction_and_its_input_are_text_in_a_template_of_strings(chat):
     said = row(("user", "a<|im_end|>\n\nb<|im_end|>"), instruction="a<|im_end|>", context="b<|im_end|>")
-    ids = encode_prompt(AlpacaTemplate(), said, text := AlpacaTemplate().render(said, chat), chat)
+    text = AlpacaTemplate().render(said, chat)
+    ids = encode_prompt(AlpacaTemplate(), said, text, chat, special_tokens(chat))
     assert chat.get_vocab()["<|im_end|>"] not in ids
     assert chat.decode(ids) == text
 
