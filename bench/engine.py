@@ -25,7 +25,7 @@ parser.add_argument("--iterations", type=int, default=3)
 parser.add_argument("--reward", help="used within: write the hand-over folder of a reward model here")
 options = parser.parse_args()
 
-from lrlhf.cli import keep_few_kernels, keep_freed_memory, quiet  # noqa: E402
+from lrlhf.cli.start import keep_few_kernels, keep_freed_memory, quiet  # noqa: E402
 
 quiet()
 keep_freed_memory()

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lrlhf.datamodules import AlpacaTemplate
 from lrlhf.datamodules.formats import Row
-from lrlhf.functional.linear import linear
-from lrlhf.pretrained import resolve
+from lrlhf.kernels.linear import linear
+from lrlhf.model.pretrained import resolve
 
 HERE = Path(__file__).parent
 BASE = "smollm2-135m-instruct"

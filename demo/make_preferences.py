@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from lrlhf.backbone import Backbone
 from lrlhf.datamodules import AlpacaDataModule, TextTemplate
 from lrlhf.functional.randomness import generator
-from lrlhf.generation import Sampling, sample_responses
-from lrlhf.handover import Handover
+from lrlhf.model.backbone import Backbone
+from lrlhf.model.generation import Sampling, sample_responses
 from lrlhf.rewards import vader_sentiment
+from lrlhf.run.handover import Handover
 
 DATA = Path(__file__).parent / "data"
 TEMPLATE = TextTemplate(

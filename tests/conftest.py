@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lrlhf.cli import quiet
+from lrlhf.cli.start import quiet
 
 quiet()
 torch.set_num_threads(1)  # tiny tensors: one thread is faster, and leaves the machine to others

@@ -15,11 +15,11 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrlhf import LoRA, Quantization, Sampling, UserError
-from lrlhf.backbone import Backbone
 from lrlhf.datamodules.collate import pad
 from lrlhf.functional import token_statistics
-from lrlhf.generation import sample_responses
-from lrlhf.quantization import keep_gradients
+from lrlhf.model.backbone import Backbone
+from lrlhf.model.generation import sample_responses
+from lrlhf.model.quantization import keep_gradients
 from lrlhf.types import Sequences
 from tests.conftest import save_tokenizer
 

@@ -7,8 +7,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig
 
-from lrlhf.cli import main
-from lrlhf.lightning_cli import parse_config
+from lrlhf.__main__ import main
+from lrlhf.cli.lightning import parse_config
 from tests.conftest import save_tiny_llama
 
 CONFIGS = Path(__file__).parent.parent / "configs"

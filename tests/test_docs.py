@@ -10,11 +10,11 @@ import pytest
 import lrlhf
 import lrlhf.functional
 from lrlhf import align, verify_resume
-from lrlhf.cli import USAGE
-from lrlhf.lightning_cli import AlignmentCLI, run_stage
+from lrlhf.__main__ import USAGE
+from lrlhf.cli.lightning import AlignmentCLI, run_stage
+from lrlhf.cli.settings import check_configs, check_run
+from lrlhf.memory.command import read
 from lrlhf.modules.base import AlignmentModule
-from lrlhf.planning.command import read
-from lrlhf.settings import check_configs, check_run
 from tests.modules.helpers import train_reward, train_sft
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""Who may import whom: arrows point down, and each big dependency has one home."""
+"""Who may import whom: arrows point down, no circle even for types, and each big dependency has one home."""
 
 import ast
 from pathlib import Path
@@ -8,51 +8,93 @@ import pytest
 ROOT = Path(__file__).parent.parent / "lrlhf"
 FILES = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py")}
 
+FLOORS = (
+    ("__main__",),
+    ("align", "memory"),
+    ("cli",),
+    ("callbacks",),
+    ("modules", "datamodules"),
+    ("run",),
+    ("model",),
+    ("kernels", "functional", "config", "types", "metrics", "distributed", "rewards", "errors", "paths", "__init__"),
+)
+"""Rooms from the roof down: each may import what lies below it, itself, and nothing beside it but on the ground."""
 
-def imports(path: Path, *, typing: bool = False) -> set[str]:
-    """Modules that a file imports at any depth; those under `if TYPE_CHECKING` only when asked for."""
-    tree = ast.parse(path.read_text())
-    skipped = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING" and not typing:
-            skipped |= {id(child) for child in ast.walk(node)}
+HOMES = {
+    "peft": {"model/adapters.py"},
+    "bitsandbytes": {"model/quantization.py"},
+    "jsonargparse": {"cli", "memory"},
+    "matplotlib": {"align/plots.py"},
+    "vaderSentiment": {"rewards.py"},
+    "transformers": {"model", "modules/base.py", "memory/rehearsal.py"},
+}
+"""Where a big dependency may be imported: files, or whole rooms."""
+
+
+def imports(path: Path) -> set[str]:
+    """Modules and names that a file imports, at any depth and for types alone too."""
     found = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def importers(package: str) -> set[str]:
-    return {n for n, p in FILES.items() if any(i == package or i.startswith(package + ".") for i in imports(p))}
+def room(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
+
+
+def files_imported(name: str) -> set[str]:
+    """Files of lrlhf that a file of it imports."""
+    found = set()
+    for imported in imports(FILES[name]):
+        parts = imported.split(".")[1:] if imported.split(".")[0] == "lrlhf" else []
+        for end in range(len(parts), 0, -1):
+            path = "/".join(parts[:end])
+            if hit := next((p for p in (f"{path}.py", f"{path}/__init__.py") if p in FILES), None):
+                found.add(hit)
+                break
+    return found - {name}
+
+
+def floor(name: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_imports_what_lies_below_it(name):
+    ground = len(FLOORS) - 1
+    above = {
+        other
+        for other in files_imported(name)
+        if room(other) != room(name) and (floor(other) < floor(name) or floor(other) == floor(name) < ground)
+    }
+    assert not above
+
+
+def test_no_files_import_each_other_in_a_circle_not_even_for_types():
+    graph = {name: files_imported(name) for name in FILES}
+    while leaves := [name for name, found in graph.items() if not found & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    assert not graph
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("functional/")])
 def test_functional_imports_torch_and_nothing_else(name):
     allowed = {"torch", "math", "hashlib", "collections", "typing", "lrlhf"}
-    found = imports(FILES[name])
-    assert {i.split(".")[0] for i in found} <= allowed
-    assert all(i.startswith("lrlhf.functional") for i in found if i.startswith("lrlhf"))
+    assert {i.split(".")[0] for i in imports(FILES[name])} <= allowed
+    assert all(other.startswith("functional/") for other in files_imported(name))
 
 
-@pytest.mark.parametrize(
-    ("package", "homes"),
-    [("peft", {"adapters.py"}), ("vaderSentiment", {"rewards.py"}), ("bitsandbytes", {"quantization.py"})],
-)
+@pytest.mark.parametrize(("package", "homes"), HOMES.items())
 def test_each_big_dependency_has_one_home(package, homes):
-    assert importers(package) == homes
+    users = {n for n in FILES if any(i == package or i.startswith(f"{package}.") for i in imports(FILES[n]))}
+    assert {n for n in users if n not in homes and room(n) not in homes} == set()
+    assert users
 
 
-def test_modules_and_data_modules_meet_in_batch_types_alone():
-    assert not {n for n in importers("lrlhf.datamodules") if n.startswith(("modules/", "callbacks/"))}
-    assert not {n for n in importers("lrlhf.modules") if n.startswith(("datamodules/", "callbacks/", "functional/"))}
-    assert not {n for n in importers("lrlhf.backbone") if n.startswith("datamodules/")}
-
-
-def test_only_the_command_line_knows_the_command_line():
-    above = {"cli.py", "align.py", "comparison.py", "planning/command.py", "planning/rehearsal.py"}
-    assert importers("lrlhf.lightning_cli") | importers("lrlhf.cli") <= above
+def test_settings_need_no_torch():
+    assert not any(i.split(".")[0] in ("torch", "transformers", "lightning") for i in imports(FILES["config.py"]))

@@ -3,21 +3,19 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from torch import Tensor
 
-from lrlhf.callbacks.rollout import RolloutCallback, stage
 from lrlhf.distributed import total, total_number
 from lrlhf.errors import UserError
 from lrlhf.functional import kl
 from lrlhf.functional.divergence import Divergence
 from lrlhf.functional.masked import masked_mean
+from lrlhf.modules.ppo_policy import PPOPolicy
+from lrlhf.modules.rollout_callback import RolloutCallback, stage
 from lrlhf.types import Rollout, Sequences
-
-if TYPE_CHECKING:
-    from lrlhf.modules.ppo_policy import PPOPolicy
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class DivergenceCallback(RolloutCallback):
         if not hasattr(pl_module, "divergences"):
             raise UserError(f"DivergenceCallback works with PPOPolicy; {type(pl_module).__name__} makes no rollouts.")
 
-    def shape_rewards(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> Tensor:
+    def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
         """Subtract the penalty, log it, and move the coefficient if it adapts."""
         mask = rollout.response_mask
         values = measure(policy, rollout, rollout.logprobs, (self.divergence, *self.also_log))
@@ -114,7 +112,7 @@ class DivergenceCallback(RolloutCallback):
 
 
 def measure(
-    policy: "PPOPolicy", sequences: Sequences, logprobs: Tensor, functions: Iterable[Divergence]
+    policy: PPOPolicy, sequences: Sequences, logprobs: Tensor, functions: Iterable[Divergence]
 ) -> dict[str, Tensor]:
     """Divergences by name, each [B, R] and 0 off the mask; no reference pass that no function needs.
 

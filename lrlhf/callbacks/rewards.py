@@ -1,20 +1,18 @@
 """Rewards that are not the reward model's: a penalty for responses that do not end, a limit, running moments."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from lrlhf.callbacks.rollout import RolloutCallback
 from lrlhf.distributed import total, total_number
 from lrlhf.errors import UserError
 from lrlhf.functional import last_true
+from lrlhf.modules.ppo_policy import PPOPolicy
+from lrlhf.modules.rollout_callback import RolloutCallback
 from lrlhf.types import Rollout
-
-if TYPE_CHECKING:
-    from lrlhf.modules.ppo_policy import PPOPolicy
 
 
 class MissingEOSPenalty(RolloutCallback):
@@ -29,7 +27,7 @@ class MissingEOSPenalty(RolloutCallback):
             raise UserError(f"MissingEOSPenalty: penalty={penalty} must not be negative.")
         self.penalty = penalty
 
-    def shape_rewards(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> Tensor:
+    def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
         """A response ends if its last token is one of the policy's stop tokens."""
         last = last_true(rollout.response_mask)
         ended = torch.isin(rollout.response_ids, policy.stop_ids.to(rewards.device))
@@ -44,7 +42,7 @@ class RewardLimit(RolloutCallback):
             raise UserError(f"RewardLimit: limit={limit} must be positive.")
         self.limit = limit
 
-    def shape_rewards(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> Tensor:
+    def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
         """Applied where it stands in the list of callbacks."""
         return rewards.clamp(-self.limit, self.limit)
 
@@ -63,7 +61,7 @@ class NormalizeScores(RolloutCallback):
         self.center = center
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
-    def shape_rewards(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> Tensor:
+    def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
         """Moves the score at the last token; what other callbacks added stays."""
         scores = rollout.scores
         if trainer.training:

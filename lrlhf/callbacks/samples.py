@@ -3,16 +3,14 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from torch import Tensor
 
-from lrlhf.callbacks.rollout import RolloutCallback, stage
+from lrlhf.modules.ppo_policy import PPOPolicy
+from lrlhf.modules.rollout_callback import RolloutCallback, stage
 from lrlhf.types import Rollout
-
-if TYPE_CHECKING:
-    from lrlhf.modules.ppo_policy import PPOPolicy
 
 
 class SampleLog(RolloutCallback):
@@ -44,7 +42,7 @@ class SampleLog(RolloutCallback):
         """Where to go on."""
         self._written = state_dict["written"]
 
-    def on_rollout_end(self, trainer: L.Trainer, policy: "PPOPolicy", rollout: Rollout, rewards: Tensor) -> None:
+    def on_rollout_end(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> None:
         """One JSON line a response."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return

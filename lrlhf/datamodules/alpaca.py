@@ -20,7 +20,7 @@ from lrlhf.datamodules.prompts import AlpacaTemplate, Template, encode_prompt, s
 from lrlhf.datamodules.sampler import BatchSampler
 from lrlhf.distributed import gather_objects
 from lrlhf.errors import UserError
-from lrlhf.pretrained import load_tokenizer
+from lrlhf.model.pretrained import load_tokenizer
 
 Task = Literal["sft", "preference", "prompts"]
 

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from lrlhf.datamodules.containers import BadRow
 from lrlhf.datamodules.formats import Row
 from lrlhf.errors import UserError
-from lrlhf.pretrained import end_of_turn
+from lrlhf.model.pretrained import end_of_turn
 
 
 class Template(ABC):

@@ -1,8 +1,7 @@
 """The three stages as LightningModules."""
 
-from lrlhf.modules.base import Schedule
 from lrlhf.modules.ppo_policy import PPOPolicy
 from lrlhf.modules.reward_model import RewardModel
 from lrlhf.modules.sft import SFT
 
-__all__ = ["SFT", "PPOPolicy", "RewardModel", "Schedule"]
+__all__ = ["SFT", "PPOPolicy", "RewardModel"]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,31 +17,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import get_scheduler
 
 from lrlhf import distributed
-from lrlhf.adapters import LoRA
-from lrlhf.backbone import Backbone, DType
+from lrlhf.config import DType, LoRA, Quantization, Sampling, Schedule
 from lrlhf.errors import UserError
-from lrlhf.fsdp import FSDP2Strategy, gathered, shard
 from lrlhf.functional.randomness import generator
-from lrlhf.generation import Sampling, sample_responses
-from lrlhf.handover import Handover
-from lrlhf.modules.self_check import check_passes
-from lrlhf.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
-from lrlhf.quantization import Quantization, refuse_paged
+from lrlhf.model.backbone import Backbone
+from lrlhf.model.generation import sample_responses
+from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
+from lrlhf.model.quantization import refuse_paged
+from lrlhf.model.sharding import FSDP2Strategy, gathered, shard
+from lrlhf.modules.self_check import check_passes, rounding, unequal_rows
+from lrlhf.run.handover import Handover
 from lrlhf.types import Preferences, Prompts, Sequences
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How the learning rate moves, one step per training batch (for PPO: per iteration)."""
-
-    name: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Shape after the warm-up; linear in the paper."""
-    warmup: int = 5
-    """Batches of linear warm-up from 0; 5 in the paper."""
-
-    def __post_init__(self):
-        if self.warmup < 0:
-            raise UserError(f"model.schedule.warmup={self.warmup} must not be negative.")
 
 
 class AlignmentModule(L.LightningModule):
@@ -222,7 +208,8 @@ class AlignmentModule(L.LightningModule):
         Raises:
             UserError: they differ by more than rounding.
         """
-        check_passes(self, getattr(batch, "chosen", batch))
+        text = unequal_rows(getattr(batch, "chosen", batch))
+        check_passes(self.backbone, self.role, text, self.stop_ids, rounding(self.dtype_name, self.quantize))
 
     def on_train_start(self) -> None:
         """From here on every process draws its own dropout."""
@@ -439,7 +426,15 @@ class AlignmentModule(L.LightningModule):
         with gathered(self.backbone, always=True):
             if self.trainer.is_global_zero:
                 try:
-                    Handover.write(self, folder)
+                    Handover.write(
+                        folder,
+                        self.backbone,
+                        self.role,
+                        self.tokenizer,
+                        base_model=self.base_model,
+                        dtype=self.dtype_name,
+                        template=self.template_fingerprint(),
+                    )
                 except Exception as error:
                     raise UserError(
                         f"{folder} could not be written ({error}). Training is done and its checkpoint is whole: mend "

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrlhf.callbacks.rollout import RolloutCallback
 from lrlhf.distributed import any_process, rank, total, total_number, world_size
 from lrlhf.errors import UserError
-from lrlhf.fsdp import gathered
 from lrlhf.functional import (
     append_end,
+    exact_js,
+    exact_kl,
+    exact_total_variation,
     generalized_advantages,
     last_true,
     masked_variance,
@@ -38,10 +39,20 @@ from lrlhf.functional import (
 from lrlhf.functional.divergence import Divergence
 from lrlhf.functional.logprobs import TokenStatistics
 from lrlhf.functional.randomness import generator
-from lrlhf.handover import Handover
 from lrlhf.metrics import Means, explained_variance
+from lrlhf.model.sharding import gathered
 from lrlhf.modules.base import AlignmentModule
-from lrlhf.modules.self_check import self_check
+from lrlhf.modules.rollout_callback import RolloutCallback
+from lrlhf.modules.self_check import (
+    check_base,
+    check_policy_is_reference,
+    check_reward_model,
+    check_trainable,
+    check_update,
+    rounding,
+    unequal_rows,
+)
+from lrlhf.run.handover import Handover
 from lrlhf.types import Experience, Prompts, Rollout, Sequences
 
 RewardFunction = Callable[[list[str], list[str]], Tensor]
@@ -169,8 +180,19 @@ class PPOPolicy(AlignmentModule):
             )
 
     def self_check(self, batch: Prompts) -> None:
-        """Before the first iteration of every fit: is everything what it claims to be?"""
-        self_check(self, batch)
+        """Everything is what it claims to be: base, roles, reward model, passes, update, and at step 0 the policy."""
+        check_trainable(self.backbone, ("policy", "critic"))
+        check_base(self.backbone)
+        for parent in self.parents.values():
+            check_reward_model(self.backbone, self.tokenizer, parent, self.dtype_name)
+        super().self_check(batch)
+        text, allowed = unequal_rows(batch), rounding(self.dtype_name, self.quantize)
+        check_update(self.backbone, lambda rows: self.statistics(rows).logprobs, text, allowed)
+        if self.iteration == 0:
+            log_ratio = self.logprobs(text, "policy") - self.logprobs(text, "reference")
+            exact = (exact_kl, exact_js, exact_total_variation)
+            found = self.divergences(text, exact)
+            check_policy_is_reference(log_ratio, {f.__name__: d for f, d in zip(exact, found, strict=True)})
 
     # One iteration
 

@@ -1,22 +1,20 @@
 """Before a stage trains a step: is everything what it claims to be? Seconds, and one sentence when it is not."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lrlhf.backbone import Backbone
+from lrlhf.config import Quantization, Sampling
 from lrlhf.distributed import any_process
 from lrlhf.errors import UserError
-from lrlhf.functional import exact_js, exact_kl, exact_total_variation, token_statistics
-from lrlhf.generation import Sampling, sample_responses
-from lrlhf.handover import score_probe
+from lrlhf.functional import token_statistics
+from lrlhf.model.backbone import Backbone
+from lrlhf.model.generation import sample_responses
+from lrlhf.run.handover import Handover, score_probe
 from lrlhf.types import Prompts, Sequences
-
-if TYPE_CHECKING:
-    from lrlhf.modules.base import AlignmentModule
-    from lrlhf.modules.ppo_policy import PPOPolicy
 
 ROWS = 4
 """Rows that the checks look at."""
@@ -38,48 +36,55 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
 """How far the probe's score may be from its manifest, relative: other machines round differently."""
 
 
-@torch.no_grad()
-def check_passes(module: "AlignmentModule", batch: Sequences | Prompts) -> None:
-    """Four rows of unequal length through the engine, and one by one, unpadded, through the model's own forward pass.
+def rounding(dtype: str, quantize: Quantization | None) -> float:
+    """What a base may round off, in nats a token (ROUNDING)."""
+    return ROUNDING["int8" if quantize and quantize.kind == "int8" else dtype]
 
-    1. Log-probs of their second halves agree, in the role that the stage trains.
-    2. What is sampled behind the first halves at temperature 0 is what the model finds likeliest.
+
+@torch.no_grad()
+def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tensor, allowed: float) -> None:
+    """Rows of unequal length through the engine, and one by one, unpadded, through the model's own forward pass.
+
+    1. Log-probs of the responses agree, in the role that the stage trains.
+    2. What is sampled behind the prompts at temperature 0 is what the model finds likeliest.
+
+    Args:
+        backbone: with the role.
+        role: that the stage trains.
+        text: of `unequal_rows`.
+        stop_ids: [S] int64, the tokens that end a response.
+        allowed: `rounding` of the base.
 
     Raises:
-        UserError: they differ by more than the dtype rounds off.
+        UserError: they differ by more than `allowed`.
     """
-    text, backbone = _unequal_rows(batch), module.backbone
-    with backbone.role(module.role):
+    with backbone.role(role):
         ours = token_statistics(backbone.encode(text), backbone.lm_head, text.response_ids, text.response_mask).logprobs
         expected, _ = _plain_logprobs(backbone, text)
-        _refuse_difference(module, "log-probs", ours[text.response_mask] - expected)
+        _refuse_difference(backbone, "log-probs", ours[text.response_mask] - expected, allowed)
         sampled = sample_responses(
             backbone,
             text.prompt_ids,
             text.prompt_mask,
             sampling=Sampling(max_new_tokens=SAMPLED, temperature=0),
-            stop_ids=module.stop_ids.to(text.prompt_ids.device),
+            stop_ids=stop_ids.to(text.prompt_ids.device),
             uniforms=text.prompt_ids.new_zeros(ROWS, SAMPLED),
             go_on=any_process if backbone.lockstep else bool,
         )
         taken, likeliest = _plain_logprobs(backbone, Sequences(text.prompt_ids, text.prompt_mask, *sampled))
-        _refuse_difference(module, "samples", taken - likeliest)
+        _refuse_difference(backbone, "samples", taken - likeliest, allowed)
 
 
-def _refuse_difference(module: "AlignmentModule", what: str, difference: Tensor) -> None:
-    off, allowed = float(difference.abs().mean()), _rounding(module)
+def _refuse_difference(backbone: Backbone, what: str, difference: Tensor, allowed: float) -> None:
+    off = float(difference.abs().mean())
     if not off <= allowed:
         raise UserError(
-            f"self-check: {what} of {module.base_model} are {off:.2g} nats a token from its own forward pass, more "
+            f"self-check: {what} of {backbone.base_model} are {off:.2g} nats a token from its own forward pass, more "
             f"than rounding gives ({allowed}): this architecture does not run rightly here; report it."
         )
 
 
-def _rounding(module: "AlignmentModule") -> float:
-    return ROUNDING["int8" if module.quantize and module.quantize.kind == "int8" else module.dtype_name]
-
-
-def _unequal_rows(batch: Sequences | Prompts) -> Sequences:
+def unequal_rows(batch: Sequences | Prompts) -> Sequences:
     """ROWS pieces of the batch's rows, each of another length: halves as prompt and response."""
     ids, mask = (batch.prompt_ids, batch.prompt_mask) if isinstance(batch, Prompts) else (batch.ids, batch.mask)
     found = [row[keep] for row, keep in zip(ids[:ROWS], mask[:ROWS], strict=True)]
@@ -109,77 +114,85 @@ def _plain_logprobs(backbone: Backbone, text: Sequences) -> tuple[Tensor, Tensor
     return torch.cat(taken), torch.cat(likeliest)
 
 
-@torch.no_grad()
-def self_check(policy: "PPOPolicy", batch: Prompts) -> None:
-    """Run all checks on the first prompts of a batch.
-
-    1. At step 0 the policy equals the reference: the largest absolute log-ratio is 0, and every divergence is 0.
-    2. With the adapters off the base gives the logits it gave when it was loaded, bit for bit.
-    3. The reward model scores the probe text as its manifest says.
-    4. Inside each role exactly its own parameters train; no parameter of the base does.
-    5. The engine's passes say what the model says (`check_passes`), also as an update makes them, where nothing drops.
+def check_base(backbone: Backbone) -> None:
+    """With the adapters off the base gives the logits it gave when it was loaded, bit for bit.
 
     Raises:
-        UserError: the first check that fails.
+        UserError: it was written to.
     """
-    _check_trainable(policy)
-    drift = policy.backbone.drift_of_base()
-    if drift != 0:
+    if drift := backbone.drift_of_base():
         raise UserError(
             f"self-check: the base model changed (adapters-off logits moved by {drift:.3g}); load it again."
         )
-    _check_reward(policy)
-    check_passes(policy, batch)
-    _check_update(policy, _unequal_rows(batch))
-    if policy.iteration == 0:
-        _check_policy_is_reference(policy, batch)
 
 
-def _check_update(policy: "PPOPolicy", text: Sequences) -> None:
-    """PPO's first ratio is 1: an update's log-probs are those of the rollout."""
-    with policy.backbone.role("policy"), policy.backbone.training_pass(dropout=False), torch.enable_grad():
-        new = policy.statistics(text).logprobs.detach()
-    off = float((new - policy.logprobs(text, "policy")).abs().mean())
-    if not off <= _rounding(policy):
-        raise UserError(
-            f"self-check: in an update the log-probs are {off:.2g} nats a token from those of the rollout, so PPO's "
-            f"first ratio is not 1: {policy.base_model} drops or changes something while it trains."
-        )
+def check_trainable(backbone: Backbone, trained: Sequence[str]) -> None:
+    """Inside each role that trains exactly its own parameters require gradients; inside the others none does.
 
-
-def _check_policy_is_reference(policy: "PPOPolicy", batch: Prompts) -> None:
-    ids, mask = batch.prompt_ids[:ROWS], batch.prompt_mask[:ROWS]
-    half = max(1, ids.shape[1] // 2)
-    text = Sequences(ids[:, :half], mask[:, :half] | True, ids[:, half:], mask[:, half:] | True)
-    log_ratio = policy.logprobs(text, "policy") - policy.logprobs(text, "reference")
-    worst = float(log_ratio.abs().max()) if log_ratio.numel() else 0.0
-    if worst != 0:
-        raise UserError(f"self-check: the policy is not its reference at step 0 (largest log-ratio {worst:.3g}).")
-    exact = (exact_kl, exact_js, exact_total_variation)
-    for divergence, values in zip(exact, policy.divergences(text, exact), strict=True):
-        value = float(values.abs().max()) if log_ratio.numel() else 0.0
-        if value > 1e-6:
-            raise UserError(f"self-check: {divergence.__name__} is {value:.3g} at step 0, not 0.")
-
-
-def _check_reward(policy: "PPOPolicy") -> None:
-    manifest = next((parent for parent in policy.parents.values() if parent.head), None)
-    if manifest is None or manifest.probe_score is None:
-        return
-    score = score_probe(policy.backbone, "reward", policy.tokenizer)
-    tolerance = max(TOLERANCE[manifest.dtype], TOLERANCE[policy.dtype_name])
-    if abs(score - manifest.probe_score) > tolerance * max(1.0, abs(manifest.probe_score)):
-        raise UserError(
-            f"self-check: the reward model scores the probe text {score:.6g}, its manifest says "
-            f"{manifest.probe_score:.6g}; {manifest.folder} is not the model that was trained."
-        )
-
-
-def _check_trainable(policy: "PPOPolicy") -> None:
-    backbone = policy.backbone
+    Raises:
+        UserError: one trains that should not, or the other way round.
+    """
     for role in backbone.stacks:
         with backbone.role(role):
-            ours = {id(p) for p in backbone.trainable(role)} if role in ("policy", "critic") else set()
+            ours = {id(p) for p in backbone.trainable(role)} if role in trained else set()
             found = {id(p) for p in backbone.parameters() if p.requires_grad}
         if ours != found:
             raise UserError(f"self-check: {len(ours ^ found)} parameters train wrongly in the role {role}.")
+
+
+def check_reward_model(backbone: Backbone, tokenizer: Any, handover: Handover, dtype: str) -> None:
+    """The reward model scores the probe text as its manifest says.
+
+    Raises:
+        UserError: it does not.
+    """
+    if handover.probe_score is None:
+        return
+    score = score_probe(backbone, "reward", tokenizer)
+    tolerance = max(TOLERANCE[handover.dtype], TOLERANCE[dtype])
+    if abs(score - handover.probe_score) > tolerance * max(1.0, abs(handover.probe_score)):
+        raise UserError(
+            f"self-check: the reward model scores the probe text {score:.6g}, its manifest says "
+            f"{handover.probe_score:.6g}; {handover.folder} is not the model that was trained."
+        )
+
+
+def check_update(backbone: Backbone, logprobs: Callable[[Sequences], Tensor], text: Sequences, allowed: float) -> None:
+    """PPO's first ratio is 1: an update's log-probs are those of the rollout.
+
+    Args:
+        backbone: with the role `policy`.
+        logprobs: of sequences in the current role, [B, R].
+        text: of `unequal_rows`.
+        allowed: `rounding` of the base.
+
+    Raises:
+        UserError: they differ by more than `allowed`.
+    """
+    with backbone.role("policy"), backbone.training_pass(dropout=False), torch.enable_grad():
+        new = logprobs(text).detach()
+    with torch.no_grad(), backbone.role("policy"):
+        old = logprobs(text)
+    off = float((new - old).abs().mean())
+    if not off <= allowed:
+        raise UserError(
+            f"self-check: in an update the log-probs are {off:.2g} nats a token from those of the rollout, so PPO's "
+            f"first ratio is not 1: {backbone.base_model} drops or changes something while it trains."
+        )
+
+
+def check_policy_is_reference(log_ratio: Tensor, divergences: dict[str, Tensor]) -> None:
+    """At step 0 the largest absolute log-ratio is 0, and so is every divergence.
+
+    Args:
+        log_ratio: [B, R] of policy and reference.
+        divergences: by name, each [B, R], exact.
+
+    Raises:
+        UserError: the policy is not its reference.
+    """
+    if worst := float(log_ratio.abs().max()):
+        raise UserError(f"self-check: the policy is not its reference at step 0 (largest log-ratio {worst:.3g}).")
+    for name, values in divergences.items():
+        if not (value := float(values.abs().max())) <= 1e-6:
+            raise UserError(f"self-check: {name} is {value:.3g} at step 0, not 0.")

@@ -6,7 +6,7 @@ from lrlhf.datamodules.containers import BadRow
 from lrlhf.datamodules.formats import Row
 from lrlhf.datamodules.prompts import encode_prompt, special_tokens
 from lrlhf.errors import UserError
-from lrlhf.pretrained import load_tokenizer
+from lrlhf.model.pretrained import load_tokenizer
 
 
 def row(*turns: tuple[str, str], instruction: str = "", context: str = "") -> Row:

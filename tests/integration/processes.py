@@ -52,7 +52,7 @@ def wait(children: list[int], timeout: float) -> list[int]:
 
 def fit_here(arguments: list[str]) -> None:
     """Run `lrlhf fit` in this process."""
-    from lrlhf.cli import main
+    from lrlhf.__main__ import main
 
     main(["fit", *arguments])
 

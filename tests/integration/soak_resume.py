@@ -21,8 +21,8 @@ import torch
 import yaml
 
 from lrlhf import RolloutCallback
-from lrlhf.checkpoints import all_checkpoints, checkpoint_path, newest_checkpoint
-from lrlhf.verify_resume import differences
+from lrlhf.cli.verify_resume import differences
+from lrlhf.run.checkpoints import all_checkpoints, checkpoint_path, newest_checkpoint
 from tests.conftest import save_tiny_llama, write_jsonl
 from tests.integration.processes import fit_here, start
 
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    from lrlhf.cli import quiet
+    from lrlhf.cli.start import quiet
 
     quiet()
     warm_up()
@@ -225,7 +225,7 @@ def main() -> None:
 
 def warm_up() -> None:
     """Import what a fit imports, so that a fork need not."""
-    import lrlhf.lightning_cli
+    import lrlhf.cli.lightning
     import lrlhf.modules  # noqa: F401
 
 

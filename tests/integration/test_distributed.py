@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.tensor import DTensor
 
 from lrlhf import LoRA, PPOPolicy, RolloutCallback, UserError
-from lrlhf.checkpoints import checkpoint_path, load, newest_checkpoint
-from lrlhf.verify_resume import differences
+from lrlhf.cli.verify_resume import differences
+from lrlhf.run.checkpoints import checkpoint_path, load, newest_checkpoint
 from tests.integration.processes import fit, fit_here, start, wait
 from tests.integration.soak_resume import write_configs
 from tests.modules.helpers import ppo, prompt_data
@@ -93,7 +93,7 @@ def test_four_processes_train_what_one_trains(strategy, configs, alone, tmp_path
 def test_torchrun_starts_the_processes(configs, alone, tmp_path):
     folder = tmp_path / "run"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lrlhf.cli",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lrlhf",
         "fit", "--config", str(configs["SFT"]), "--trainer.default_root_dir", str(folder),
         "--trainer.devices", "2", "--trainer.strategy", "fsdp2",
     ]  # fmt: skip
@@ -105,7 +105,7 @@ def test_torchrun_starts_the_processes(configs, alone, tmp_path):
 def test_lightning_starts_the_processes_itself(configs, alone, tmp_path):
     folder = tmp_path / "run"
     command = [
-        sys.executable, "-m", "lrlhf.cli", "fit", "--config", str(configs["SFT"]), "--trainer.default_root_dir",
+        sys.executable, "-m", "lrlhf", "fit", "--config", str(configs["SFT"]), "--trainer.default_root_dir",
         str(folder), "--trainer.devices", "2", "--trainer.strategy", "ddp",
     ]  # fmt: skip
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from lrlhf.checkpoints import SafeCheckpointIO, all_checkpoints, checkpoint_path, load, newest_checkpoint
-from lrlhf.cli import main
+from lrlhf.__main__ import main
+from lrlhf.cli.verify_resume import differences
 from lrlhf.modules.base import AlignmentModule
-from lrlhf.verify_resume import differences
+from lrlhf.run.checkpoints import SafeCheckpointIO, all_checkpoints, checkpoint_path, load, newest_checkpoint
 from tests.integration.soak_resume import launch, launch_and_kill_at, soak, write_configs
 
 STAGES = ("SFT", "RewardModel", "PPOPolicy")

@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from lrlhf import Checkpoints
-from lrlhf.checkpoints import load, newest_checkpoint
-from lrlhf.cli import main
-from lrlhf.verify_resume import differences
+from lrlhf.__main__ import main
+from lrlhf.cli.verify_resume import differences
+from lrlhf.run.checkpoints import load, newest_checkpoint
 from tests.integration.soak_resume import write_configs
 from tests.modules.helpers import ppo, prompt_data, trainer
 

@@ -4,7 +4,7 @@ import lightning as L
 import torch
 
 from lrlhf import SFT, AlpacaDataModule, LoRA, PPOPolicy, RewardModel, Sampling
-from lrlhf.modules.base import Schedule
+from lrlhf.config import Schedule
 
 SMALL = {"lora": LoRA(r=2, alpha=4), "schedule": Schedule("constant", 0)}
 

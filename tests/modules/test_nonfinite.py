@@ -13,8 +13,8 @@ from lrlhf import (
     RewardModel,
     UserError,
 )
-from lrlhf.checkpoints import load, newest_checkpoint
 from lrlhf.functional import kl
+from lrlhf.run.checkpoints import load, newest_checkpoint
 from tests.modules.helpers import SMALL, adamw, ppo, prompt_data, trainer
 
 POISONED = 1

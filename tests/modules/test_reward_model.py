@@ -89,8 +89,8 @@ def test_a_fresh_process_scores_bit_for_bit_and_plain_peft_up_to_rounding(traine
             last = [trunk(input_ids=torch.tensor([r]), use_cache=False).last_hidden_state[:, -1] for r in rows]
             peft = [float(torch.nn.functional.linear(h, head["weight"], head["bias"])) for h in last]
 
-        from lrlhf.backbone import Backbone
-        from lrlhf.handover import Handover
+        from lrlhf.model.backbone import Backbone
+        from lrlhf.run.handover import Handover
         from lrlhf.types import Sequences
         handover = Handover.read(folder)
         backbone = Backbone(base).eval()
@@ -110,7 +110,7 @@ def test_a_fresh_process_scores_bit_for_bit_and_plain_peft_up_to_rounding(traine
 
 
 def test_the_manifest_s_probe_is_scored_again_to_the_last_bit(trained, tiny_llama):
-    from lrlhf.handover import Handover, score_probe
+    from lrlhf.run.handover import Handover, score_probe
 
     module, folder = trained
     handover = Handover.read(folder / "reward/handover")

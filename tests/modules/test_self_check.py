@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lrlhf import UserError
-from lrlhf.modules.self_check import self_check
 from tests.modules.helpers import ppo_after_both_stages, prompt_data
 
 
@@ -17,7 +16,8 @@ def ready(tmp_path, tiny_llama, data_files):
 
 
 def test_a_sound_start_passes(ready):
-    self_check(*ready)
+    module, batch = ready
+    module.self_check(batch)
 
 
 def nudge(parameter):
@@ -29,27 +29,27 @@ def test_a_policy_that_is_not_its_reference_is_refused(ready):
     module, batch = ready
     nudge(module.backbone.model.model.layers[0].self_attn.q_proj.lora_B.policy.weight)
     with pytest.raises(UserError, match="policy is not its reference"):
-        self_check(module, batch)
+        module.self_check(batch)
     module.iteration = 3  # a resumed run may have moved
-    self_check(module, batch)
+    module.self_check(batch)
 
 
 def test_a_base_that_was_written_to_is_refused(ready):
     module, batch = ready
     nudge(module.backbone.model.model.norm.weight)
     with pytest.raises(UserError, match="the base model changed"):
-        self_check(module, batch)
+        module.self_check(batch)
 
 
 def test_a_reward_model_with_another_head_is_refused(ready):
     module, batch = ready
     nudge(module.backbone.heads["reward"].weight)
     with pytest.raises(UserError, match="its manifest says"):
-        self_check(module, batch)
+        module.self_check(batch)
 
 
 def test_a_parameter_that_trains_in_a_role_that_is_frozen_is_refused(ready):
     module, batch = ready
     module.backbone._trainable["reward"] = list(module.backbone.heads["reward"].parameters())
     with pytest.raises(UserError, match="train wrongly in the role reward"):
-        self_check(module, batch)
+        module.self_check(batch)

@@ -1,0 +1,103 @@
+"""Before and after: the policy beside its reference on held-out prompts, with the same random draws."""
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lrlhf.callbacks.divergence import measure
+from lrlhf.cli.settings import import_function
+from lrlhf.errors import UserError
+from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
+from lrlhf.run.checkpoints import load, newest_checkpoint
+from lrlhf.types import Prompts, Sequences
+
+MEASURED = (kl, js, js_paper, exact_kl, exact_forward_kl, exact_js, exact_total_variation)
+
+
+def compare(run: Path, gold: str | None = None, prompts: str | None = None, count: int = 96) -> None:
+    """Write run/comparison.json: responses of reference and policy, their rewards and lengths, every divergence.
+
+    Args:
+        run: folder of an align run whose PPO stage is done.
+        gold: import path of a reward function that training never saw; None leaves it out.
+        prompts: file of held-out prompts; None takes the PPO stage's validation prompts.
+        count: prompts at most.
+    """
+    start = time.perf_counter()
+    config, module, data = load_run(run / "ppo")
+    data.val_limit = count
+    if prompts is not None:
+        data.sources["val"] = prompts
+    data.setup("validate")
+    gold_function = import_function(gold) if gold else None
+    rows: list[dict[str, Any]] = []
+    divergences: dict[str, list[tuple[float, int]]] = {}
+    for number, batch in enumerate(tqdm(data.val_dataloader(), desc="comparing before and after")):
+        sides = {}
+        for side, role in (("before", "reference"), ("after", "policy")):
+            sequences = Sequences(batch.prompt_ids, batch.prompt_mask, *module.sample(batch, role, "compare", number))
+            sides[side] = _describe(module, sequences, batch, gold_function)
+        for name, values in measure(module, sequences, module.logprobs(sequences, "policy"), MEASURED).items():
+            tokens = int(sequences.response_mask.sum())
+            divergences.setdefault(name, []).append((float(values.sum()) / tokens, tokens))
+        for source, before, after in zip(batch.sources, sides["before"], sides["after"], strict=True):
+            rows.append({"instruction": source["instruction"], "before": before, "after": after})
+    result = {
+        "gold": gold_function.__name__ if gold_function else None,
+        "base_model": module.base_model,
+        "seed": config.get("seed_everything"),
+        "reward_model": _reward_model_accuracy(run / "reward"),
+        "divergences": {k: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for k, pairs in divergences.items()},
+        "seconds": {**_stage_seconds(run), "comparison": round(time.perf_counter() - start, 1)},
+        "rows": rows,
+    }
+    (run / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def load_run(folder: Path) -> tuple[Any, Any, Any]:
+    """Config, module (with the weights it ended with) and data module of a run folder."""
+    from lrlhf.cli.lightning import parse_config
+
+    path = folder / "config.yaml"
+    newest = newest_checkpoint(folder)
+    if not path.is_file() or newest is None:
+        raise UserError(f"{folder} holds no run (config.yaml and checkpoints/); run its stage first.")
+    config, module, data = parse_config(path)
+    module.configure_model()
+    checkpoint = load(newest)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    module.eval()
+    return config, module, data
+
+
+def _describe(module: Any, sequences: Sequences, batch: Prompts, gold_function: Any) -> list[dict[str, Any]]:
+    responses = module.decode(sequences.response_ids, sequences.response_mask)
+    learned = module.score(sequences, batch).tolist()
+    gold = gold_function(list(batch.texts), responses).tolist() if gold_function else [None] * len(responses)
+    ended = torch.isin(sequences.response_ids, module.stop_ids).any(-1).tolist()
+    names = ("response", "learned", "gold", "length", "ended")
+    columns = (responses, learned, gold, sequences.lengths.tolist(), ended)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _reward_model_accuracy(folder: Path) -> dict[str, float] | None:
+    """The last validation of the reward model, with the number of pairs."""
+    if not (folder / "metrics.csv").is_file():
+        return None
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/accuracy")]
+    if not rows:
+        return None
+    names = {"accuracy": "val/accuracy", "longer_accuracy": "val/longer_accuracy", "pairs": "val/pairs"}
+    return {key: float(rows[-1][column]) for key, column in names.items()}
+
+
+def _stage_seconds(run: Path) -> dict[str, float]:
+    records = {stage: run / stage / "stage.json" for stage in ("sft", "reward", "ppo")}
+    return {stage: json.loads(path.read_text())["seconds"] for stage, path in records.items() if path.is_file()}

@@ -1,0 +1,290 @@
+"""The report of an align run: a table in the terminal, and the same with plots and samples in one HTML page.
+
+How to read it: every row of comparison.json is one held-out prompt, answered before and after PPO with the same random
+draws, so differences are paired. The 95 % intervals say how far another choice of prompts would move a mean; they say
+nothing about another training seed. What a run folder lacks is left out; only comparison.json is required.
+"""
+
+import base64
+import html
+import json
+import math
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import Any, NamedTuple
+
+from lrlhf.align.plots import Plot, make_plots, read_curves
+from lrlhf.errors import UserError
+
+try:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as error:
+    raise UserError(f"lrlhf report needs {error.name}: pip install 'lrlhf[demo]'.") from None
+
+USAGE = """usage: lrlhf report RUN_FOLDER
+
+Print before and after PPO of an align run, and write RUN_FOLDER/report.html and RUN_FOLDER/plots/*.png."""
+Z = NormalDist().inv_cdf(0.975)
+SIDES = ("before", "after")
+HEADINGS = ("", "Value", "95 % interval", "n")
+CAVEAT = "Intervals cover the choice of prompts, not another training seed."
+HEAD = """<!doctype html><html lang=en><meta charset=utf-8><title>lrlhf report</title>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1e293b }
+h1, h2, h3 { line-height: 1.25; margin: 0 } h2 { margin-top: 2.5rem } p { margin: .4rem 0 }
+.dim, figcaption { color: #64748b; font-size: .9rem }
+.verdict { background: #eff6ff; border-left: 4px solid #2563eb; padding: .8rem 1rem; margin: 1rem 0; font-weight: 600 }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+td, th { padding: .25rem .6rem; text-align: right; white-space: nowrap } td:first-child { padding-left: 1.4rem }
+td:first-child, th[colspan] { text-align: left; white-space: normal } th { color: #64748b; font-size: .85rem }
+th[colspan] { color: inherit; font-size: 1rem; padding-top: .9rem; border-bottom: 1px solid #cbd5e1 }
+.difference { font-weight: 600; background: #f1f5f9 } h3, pre { white-space: pre-wrap; overflow-wrap: anywhere }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem 1.5rem }
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
+figure { margin: .8rem 0 } img { width: 100%; height: auto } h3 { font-size: 1rem }
+article { border: 1px solid #e2e8f0; border-radius: .6rem; padding: 1rem; margin: 1rem 0 }
+pre { background: #f8fafc; border-radius: .4rem; padding: .7rem; margin: .4rem 0; font: inherit }
+@media (max-width: 34rem) { table { font-size: .8rem } td, th { padding: .2rem .3rem } }
+</style>
+"""
+
+Line = tuple[str, str, str, str]
+"""Label, value, interval, n."""
+Row = dict[str, Any]
+"""One prompt of comparison.json."""
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % interval; the bounds are nan where n is too small for one."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def main(arguments: list[str]) -> None:
+    """`lrlhf report RUN_FOLDER`; UserError unless that is one folder with a comparison."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        got = " ".join(arguments) or "nothing"
+        raise UserError(f"report: expected one RUN_FOLDER, got {got}; for example lrlhf report runs/demo.")
+    write_report(Path(arguments[0]).expanduser())
+
+
+def write_report(run: Path) -> Path:
+    """Write run/plots/*.png and run/report.html, and print the table; the path of the page."""
+    comparison = read_comparison(run)
+    plots = make_plots({stage: read_curves(run / stage / "metrics.csv") for stage in ("sft", "reward", "ppo")})
+    folder, page = run / "plots", run / "report.html"
+    folder.mkdir(exist_ok=True)
+    for plot in plots:
+        plot.figure.savefig(folder / f"{plot.name}.png", dpi=160)
+    page.write_text(render_page(comparison, plots, folder), encoding="utf-8")
+    print_report(comparison)
+    print(f"Page: {page}")
+    return page
+
+
+# Read
+
+
+def read_comparison(run: Path) -> dict[str, Any]:
+    """The contents of run/comparison.json, or a UserError."""
+    path = run / "comparison.json"
+    if not run.is_dir():
+        raise UserError(f"report: there is no folder {run}; give the run folder of lrlhf align.")
+    if not path.is_file():
+        raise UserError(f"report: {run} has no comparison.json; let lrlhf align finish this run first.")
+    try:
+        comparison = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"report: {path} is not valid JSON ({error}); run lrlhf align again.") from None
+    if not isinstance(comparison, dict) or not isinstance(comparison.get("rows"), list):
+        raise UserError(f"report: {path} has no list named rows; run lrlhf align again.")
+    return comparison
+
+
+# Measure
+
+
+def mean_interval(values: Sequence[float]) -> Estimate:
+    """mean +- 1.96 s / sqrt(n), with s^2 = sum((x - mean)^2) / (n - 1)."""
+    n, mean = len(values), fmean(values)
+    error = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n) if n > 1 else math.nan
+    return Estimate(mean, mean - Z * error, mean + Z * error, n)
+
+
+def wilson_interval(share: float, n: int) -> Estimate:
+    """(p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n): within [0, 1], and right for small n.
+
+    Wilson (1927), "Probable inference, the law of succession, and statistical inference".
+    """
+    if n < 1:
+        return Estimate(share, math.nan, math.nan, n)
+    center, scale = share + Z**2 / (2 * n), 1 + Z**2 / n
+    reach = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return Estimate(share, (center - reach) / scale, (center + reach) / scale, n)
+
+
+def paired(rows: list[Row], key: str) -> list[tuple[float, float]]:
+    """(before, after) of the rows that have both."""
+    pairs = [(row["before"].get(key), row["after"].get(key)) for row in rows]
+    return [(before, after) for before, after in pairs if before is not None and after is not None]
+
+
+def difference(rows: list[Row], key: str) -> Estimate:
+    """Of after - before, paired by prompt."""
+    return mean_interval([after - before for before, after in paired(rows, key)])
+
+
+def verdict(comparison: dict[str, Any]) -> str:
+    """In words, whether the gold difference excludes 0."""
+    name, rows = comparison.get("gold"), comparison["rows"]
+    if name is None or not paired(rows, "gold"):
+        return "No gold reward was measured: a higher learned reward alone does not show better responses."
+    value, low, high, n = difference(rows, "gold")
+    if not math.isfinite(high - low):
+        return f"Too few finite gold rewards (n = {n}) to say whether {name} changed."
+    numbers = f"{value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, n = {n}"
+    if low <= 0 <= high:
+        return f"The gold reward {name} did not change measurably ({numbers}): the interval includes 0."
+    return f"The gold reward {name} {'rose' if value > 0 else 'fell'} ({numbers}): the interval excludes 0."
+
+
+def make_table(comparison: dict[str, Any]) -> dict[str, list[Line]]:
+    """The lines under each heading, without what was not measured."""
+    rows, table = comparison["rows"], {}
+    if model := comparison.get("reward_model"):
+        accuracy = _line("accuracy", wilson_interval(model["accuracy"], int(model.get("pairs") or 0)), ".1%")
+        longer = model.get("longer_accuracy")
+        baseline = [] if longer is None else [("baseline: the longer wins", f"{longer:.1%}", "", "")]
+        table["Reward model, held-out pairs"] = [accuracy, *baseline]
+    for title, key, style, estimate in (
+        ("Learned reward", "learned", ".3f", mean_interval),
+        (f"Gold reward: {comparison.get('gold')}", "gold", ".3f", mean_interval),
+        ("Response length, tokens", "length", ".1f", mean_interval),
+        ("Ended by itself (difference in points)", "ended", ".1%", lambda v: wilson_interval(fmean(v), len(v))),
+    ):
+        if pairs := paired(rows, key):
+            before, after = ([pair[side] for pair in pairs] for side in (0, 1))
+            table[title] = [
+                _line("before PPO", estimate(before), style),
+                _line("after PPO", estimate(after), style),
+                _line("difference, paired", difference(rows, key), f"+{style}"),
+            ]
+    if divergences := comparison.get("divergences"):
+        lines = [(name, f"{value:.4f}", "", "") for name, value in divergences.items()]
+        table["Divergence per token after PPO (0 before)"] = lines
+    return table
+
+
+def _line(label: str, estimate: Estimate, style: str) -> Line:
+    value, low, high, n = estimate
+    interval = f"{low:{style}} to {high:{style}}" if math.isfinite(high - low) else ""
+    return label, f"{value:{style}}", interval, str(n or "")
+
+
+def choose_samples(rows: list[Row], count: int = 5) -> tuple[str, list[tuple[int, Row]]]:
+    """How they were chosen, and (rank, row) at evenly spaced ranks of the difference, from the largest fall up."""
+    key = "gold" if len(paired(rows, "gold")) == len(rows) else "learned"
+    ranked = sorted(rows, key=lambda row: row["after"][key] - row["before"][key])
+    places = dict.fromkeys(round(i * (len(ranked) - 1) / (count - 1)) for i in range(count)) if ranked else {}
+    note = (
+        f"Not picked by hand: evenly spaced ranks of the {key} reward's difference among {len(rows)} prompts, "
+        "from the largest fall to the largest rise."
+    )
+    return note, [(place + 1, ranked[place]) for place in places]
+
+
+def describe(side: dict[str, Any]) -> str:
+    """The numbers of one response."""
+    gold = "" if side.get("gold") is None else f"gold {side['gold']:.2f}, "
+    return f"{gold}learned {side['learned']:.2f}, {side['length']} tokens{'' if side['ended'] else ', cut off'}"
+
+
+def describe_seconds(seconds: dict[str, float]) -> str:
+    """Time per stage and together."""
+    parts = [f"{stage} {value:.0f} s" for stage, value in seconds.items()]
+    return f"Time: {', '.join(parts)}; together {sum(seconds.values()) / 60:.1f} minutes." if parts else ""
+
+
+# Show
+
+
+def printable(text: str) -> str:
+    """Without control characters, which a terminal obeys, and halves of surrogate pairs, which no file can hold."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
+
+
+def print_report(comparison: dict[str, Any]) -> None:
+    """The table, the samples and the seconds on the terminal."""
+    console = Console()
+    table = Table(title=Text(_subject(comparison), "bold"), title_justify="left")
+    table.add_column(HEADINGS[0])
+    for heading in HEADINGS[1:]:
+        table.add_column(heading, justify="right")
+    for title, lines in make_table(comparison).items():
+        table.add_section()
+        table.add_row(Text(title, "bold"))
+        for label, *cells in lines:
+            table.add_row(f"  {label}", *cells, style="bold cyan" if label.startswith("difference") else "")
+    console.print(table, Text(verdict(comparison), "bold"), Text(CAVEAT), sep="\n")
+    note, samples = choose_samples(comparison["rows"])
+    if samples:
+        console.print(Text(f"\nSamples. {note}"))
+    for rank, row in samples:
+        caption = Text(f"\nRank {rank}: {printable(row['instruction'])}", "bold")
+        pair = Table(title=caption, title_justify="left", expand=True)
+        for side in SIDES:
+            pair.add_column(Text(f"{side} PPO: {describe(row[side])}"), ratio=1)
+        pair.add_row(*(Text(printable(row[side]["response"])) for side in SIDES))
+        console.print(pair)
+    console.print(Text(describe_seconds(comparison.get("seconds") or {})))
+
+
+def render_page(comparison: dict[str, Any], plots: list[Plot], folder: Path) -> str:
+    """The whole page: no script, no network, images inside."""
+    note, samples = choose_samples(comparison["rows"])
+    parts = [f"<h1>Before and after PPO</h1><p class=dim>{_safe(_subject(comparison))}</p>"]
+    parts += [f"<p class=verdict>{_safe(verdict(comparison))}</p>", _html_table(make_table(comparison))]
+    parts += [f"<p class=dim>{CAVEAT}</p>", "<h2>Training</h2><div class='grid plots'>" if plots else ""]
+    for plot in plots:
+        image = base64.b64encode((folder / f"{plot.name}.png").read_bytes()).decode()
+        parts += [f'<figure><img src="data:image/png;base64,{image}" alt="{plot.name}">']
+        parts += [f"<figcaption>{_safe(plot.hint)}</figcaption></figure>"]
+    parts += ["</div>" if plots else "", f"<h2>Samples</h2><p class=dim>{_safe(note)}</p>" if samples else ""]
+    for rank, row in samples:
+        parts += [f"<article><h3>{_safe(row['instruction'])}</h3><p class=dim>rank {rank}</p><div class=grid>"]
+        for side in SIDES:
+            parts += [f"<div><b>{side} PPO</b> <span class=dim>{_safe(describe(row[side]))}</span>"]
+            parts += [f"<pre>{_safe(row[side]['response'])}</pre></div>"]
+        parts += ["</div></article>"]
+    return HEAD + "\n".join(parts) + f"<p class=dim>{_safe(describe_seconds(comparison.get('seconds') or {}))}</p>"
+
+
+def _html_table(table: dict[str, list[Line]]) -> str:
+    rows = ["<tr>" + "".join(f"<th>{heading}</th>" for heading in HEADINGS) + "</tr>"]
+    for title, lines in table.items():
+        rows += [f"<tr><th colspan=4>{_safe(title)}</th></tr>"]
+        for line in lines:
+            mark = " class=difference" if line[0].startswith("difference") else ""
+            rows += [f"<tr{mark}>" + "".join(f"<td>{_safe(cell)}</td>" for cell in line) + "</tr>"]
+    return "<div class=scroll><table>" + "\n".join(rows) + "</table></div>"
+
+
+def _safe(text: str) -> str:
+    return html.escape(printable(text))
+
+
+def _subject(comparison: dict[str, Any]) -> str:
+    model, seed = comparison.get("base_model", "unknown model"), comparison.get("seed")
+    return f"{model}, seed {seed}, {len(comparison['rows'])} held-out prompts"

@@ -1,0 +1,1 @@
+"""What makes CPUs fast: operations in fewer passes over memory."""

@@ -1,0 +1,351 @@
+"""One iteration of a stage, dress rehearsal: the engine's own passes on rows of full length, with no earlier stage.
+
+On fake tensors it tells what memory each phase takes; on real ones (`measure`) the same passes check that.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lrlhf.cli.lightning import Parser
+from lrlhf.errors import UserError
+from lrlhf.functional import exact_kl, logprobs, position_ids
+from lrlhf.memory.job import Job
+from lrlhf.memory.ledger import Ledger
+from lrlhf.metrics import Means
+from lrlhf.model.architecture import text_config
+from lrlhf.model.backbone import Backbone
+from lrlhf.model.generation import choose
+from lrlhf.model.pretrained import first_line, with_cpu_kernels
+from lrlhf.modules.base import AlignmentModule
+from lrlhf.run.handover import Handover
+from lrlhf.types import Experience, Preferences, Prompts, Rollout, Sequences
+
+Phase = Literal["load", "rollout", "score", "update", "checkpoint"]
+Bytes = dict[Phase, dict[str, int]]
+"""Phase to kind to bytes, at the phase's peak."""
+
+
+Moments = list[tuple[Phase, dict[str, int]]]
+"""Moments that may be the peak of their phase, with bytes by kind."""
+
+FEW = 2
+"""Layers of a deep model that are rehearsed, and then one more: bytes grow by the same amount with every layer."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Sizes of one copy of the base: bytes, where not said otherwise."""
+
+    whole: int
+    largest_layer: int
+    root: int
+    """What lies outside the layers: embeddings, last norm, LM head."""
+    linear_weights: tuple[tuple[int, ...], ...]
+    """Shapes of the weights that quantisation touches."""
+    layers: int
+    alike: bool
+    """Whether all layers are of one size."""
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> "Base":
+        """Of a backbone's model without its adapters."""
+
+        def size(module: Any) -> int:
+            return sum(p.nbytes for name, p in module.named_parameters() if "lora_" not in name)
+
+        head = backbone.model.get_output_embeddings()
+        layers = [size(m) for m in backbone.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        linear = tuple(
+            tuple(module.weight.shape)
+            for name, module in backbone.model.named_modules()
+            if isinstance(module, nn.Linear) and "lora_" not in name and module is not head
+        )
+        whole = size(backbone.model)
+        return cls(whole, max(layers), whole - sum(layers), linear, len(layers), len(set(layers)) == 1)
+
+
+class Understudy(Backbone):
+    """Makes the roles that a run would load from a hand-over folder, with the LoRA settings of this config.
+
+    Args:
+        layers: how many layers of the base are kept; None keeps all.
+    """
+
+    whole: Base
+    """What the base consists of before layers are left out."""
+
+    def __init__(self, *arguments: Any, layers: int | None = None, **options: Any):
+        super().__init__(*arguments, **options)
+        self.whole = Base.of(self)
+        for module in self.model.modules() if layers else ():
+            if isinstance(module, nn.ModuleList) and isinstance(next(iter(module), None), GradientCheckpointingLayer):
+                del module[layers:]
+                text_config(self.model).num_hidden_layers = layers
+
+    def load_role(self, role: str, stack: tuple[str, ...], folder: Path, *, head: bool) -> None:
+        """As large as what a folder would hold."""
+        if not stack:
+            self.copies[role] = copy.deepcopy(self.model)
+        self.add_role(role, stack, head="random" if head else None)
+
+
+def no_reward(prompts: list[str], responses: list[str]) -> Tensor:
+    """Scores of 0."""
+    return torch.zeros(len(responses))
+
+
+def build(job: Job, device: torch.device, layers: int | None = None) -> AlignmentModule:
+    """The stage with its backbone and roles on a device; hand-over folders are taken as if they were there."""
+    settings = copy.deepcopy(job.model)
+    values = settings["init_args"]
+    folders = {name: values.get(name) for name in ("sft", "reward_model") if name in values}
+    values |= dict.fromkeys(folders)
+    if folders.get("reward_model"):
+        values["reward_function"] = f"{__name__}.no_reward"
+    module: Any = instantiate(settings)
+    for name, folder in folders.items():
+        setattr(module, name, folder)
+    if folders.get("reward_model"):
+        module.reward_function = None
+    below = ("sft",) if folders.get("sft") else ()
+    above = (*below, "reward") if module.lora else ()
+    stacks = {"sft": ("sft", below, False), "reward_model": ("reward", above, True)}
+    module.parents = {
+        folder: Handover(Path(folder), *stacks[name], base_model=module.base_model, base="", tokenizer="", template="")
+        for name, folder in folders.items()
+        if folder
+    }
+    with device:
+        module.backbone = Understudy(
+            module.base_model,
+            lora=module.lora,
+            dtype=module.dtype_name,
+            quantize=module.quantize,
+            gradient_checkpointing=module.gradient_checkpointing,
+            layers=layers,
+        )
+        module.build_roles()
+    module.backbone.eval()
+    return module
+
+
+def instantiate(settings: dict[str, Any]) -> AlignmentModule:
+    """A module from its class path and arguments."""
+    parser = Parser()
+    parser.add_lightning_class_args(AlignmentModule, "model", subclass_mode=True)
+    return parser.instantiate_classes(parser.parse_object(Namespace(model=settings))).model
+
+
+def sequences(rows: int, job: Job) -> Sequences:
+    """Rows of the longest prompts and responses there may be, of which one is a token shorter: so there is padding."""
+    prompt_mask = torch.ones(rows, job.prompt_tokens, dtype=torch.bool)
+    prompt_mask[1:2, 0] = False
+    prompts = torch.arange(rows * job.prompt_tokens).view(rows, -1) % 97 + torch.arange(rows)[:, None] + 3
+    response_mask = torch.ones(rows, job.response_tokens, dtype=torch.bool)
+    return Sequences(prompts * prompt_mask, prompt_mask, response_mask.long() * 3, response_mask)
+
+
+def prompts(rows: int, job: Job) -> Prompts:
+    """The same prompts as a batch of PPO."""
+    long = sequences(rows, job)
+    return Prompts(long.prompt_ids, long.prompt_mask, ("",) * rows, ({},) * rows)
+
+
+def experience(rows: int, job: Job) -> Experience:
+    """What a rollout of such rows would leave."""
+    text = sequences(rows, job)
+    fields = {name: getattr(text, name) for name in Sequences.__slots__}
+    tokens = {name: torch.zeros(rows, job.response_tokens) for name in ("logprobs", "values", "advantages", "returns")}
+    return Experience(**fields, **tokens, scores=torch.zeros(rows))
+
+
+def rehearse(job: Job) -> tuple[Bytes, Base]:
+    """Bytes of one process by phase and kind, the base whole and as wide as `dtype`, and what the base consists of.
+
+    Raises:
+        UserError: settings that no run could use.
+    """
+    try:
+        moments, base = _rehearse(job, FEW)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"plan: {job['base_model']} cannot be rehearsed ({first_line(error)}).") from error
+    if base.layers > FEW:
+        more, _ = _rehearse(job, FEW + 1 if base.alike else None)
+        moments = [
+            (phase, _at_depth(base.layers, few, one_more) if base.alike else one_more)
+            for (phase, few), (_, one_more) in zip(moments, more, strict=True)
+        ]
+    phases: Bytes = {}
+    for phase, kinds in moments:
+        phases[phase] = max(phases.get(phase, {}), kinds, key=lambda found: sum(found.values()))
+    return phases, base
+
+
+def _at_depth(layers: int, few: dict[str, int], one_more: dict[str, int]) -> dict[str, int]:
+    """The line through the bytes with FEW layers and with one more."""
+    a_layer = {kind: one_more.get(kind, 0) - few.get(kind, 0) for kind in {*few, *one_more}}
+    return {kind: few.get(kind, 0) + (layers - FEW) * grown for kind, grown in a_layer.items()}
+
+
+def _rehearse(job: Job, layers: int | None) -> tuple[Moments, Base]:
+    module = build(job, torch.device("meta"), layers)
+    backbone: Any = module.backbone
+    for model in (backbone.model, *backbone.copies.values()) if job.on_cpu else ():
+        with_cpu_kernels(model)
+    ledger = Ledger(vocabulary=text_config(backbone.model).vocab_size)
+    with _as_on(job), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        _make_fake(backbone)
+        moments = [(phase, {k: n for k, n in kinds.items() if n}) for phase, kinds in _moments(module, job, ledger)]
+    return moments, backbone.whole
+
+
+def _make_fake(backbone: Backbone) -> None:
+    """From the meta device, where autocast is unknown, to fake tensors."""
+    fakes: dict[int, Any] = {}
+    for module in backbone.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = fakes.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
+                    if isinstance(tensor, nn.Parameter) and not isinstance(fake, nn.Parameter):
+                        fake = fakes[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    tensors[name] = fake
+    backbone._trainable = {role: [fakes[id(p)] for p in found] for role, found in backbone._trainable.items()}
+
+
+@contextmanager
+def _as_on(job: Job) -> Iterator[None]:
+    """Fake tensors are on the CPU; the head runs over as many rows at once as it would on the job's device."""
+    before = logprobs.CHUNK.copy()
+    if not job.on_cpu:
+        logprobs.CHUNK.clear()
+    try:
+        yield
+    finally:
+        logprobs.CHUNK.update(before)
+
+
+def _moments(module: AlignmentModule, job: Job, ledger: Ledger) -> Iterator[tuple[Phase, dict[str, int]]]:
+    backbone = module.backbone
+    _own_weights(backbone, ledger)
+    with ledger.phase() as load:
+        pass
+    yield "load", load
+    optimizer = module.optimizer(backbone.trainable())
+    if not job.on_cpu:
+        for group in optimizer.param_groups:
+            group["foreach"] = True
+    _give_gradients(backbone, ledger)
+    optimizer.step()
+    ledger.own("optimizer", [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)])
+    optimizer.zero_grad()
+    batch: Any = experience(job.rows, job)
+    ledger.own("batch", [getattr(batch, name) for name in (*Sequences.__slots__, *Rollout.__slots__, "returns")])
+    if module.task == "prompts":
+        for kinds in _rollout(module, job, ledger):
+            yield "rollout", kinds
+        with ledger.phase() as score:
+            _score(module, job)
+        yield "score", score
+    _give_gradients(backbone, ledger)
+    with ledger.phase() as update, backbone.training_pass(dropout=module.task != "prompts"):
+        for loss in _losses(module, job):
+            loss.backward()
+    yield "update", update
+    with ledger.phase() as step:
+        optimizer.step()
+    step["optimizer"] += step.pop("activations", 0)
+    yield "update", step
+    with ledger.phase() as checkpoint:
+        pass
+    yield "checkpoint", checkpoint
+
+
+def _own_weights(backbone: Backbone, ledger: Ledger) -> None:
+    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
+        kind = "adapters" if "lora_" in name else "heads" if name.startswith("heads.") else "base"
+        ledger.own(kind, [tensor])
+
+
+def _give_gradients(backbone: Backbone, ledger: Ledger) -> None:
+    """As after the first micro-batch of each role."""
+    for parameter in backbone.trainable():
+        parameter.grad = torch.zeros_like(parameter)
+        ledger.own("gradients", [parameter.grad])
+
+
+@torch.no_grad()
+def _rollout(module: AlignmentModule, job: Job, ledger: Ledger) -> tuple[dict[str, int], dict[str, int]]:
+    """The first pass, over the prompts, and the last, over one token with a full cache."""
+    rows = min(module.sampling.batch_size, job.rows)
+    text, cache, backbone = sequences(rows, job), DynamicCache(), module.backbone
+    uniforms = torch.rand(rows)
+    with backbone.role("policy"):
+        with ledger.phase() as first:
+            positions = position_ids(text.prompt_mask)
+            choose(
+                backbone.next_token_logits(text.prompt_ids, text.prompt_mask, positions, cache),
+                uniforms,
+                module.sampling,
+            )
+            ledger.peak["cache"] += (small := _cache_bytes(cache))
+            ledger.peak["activations"] -= small
+        for layer in cache.layers:
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name)
+                longer = tensor.new_empty(*tensor.shape[:2], tensor.shape[2] + job.response_tokens - 2, tensor.shape[3])
+                setattr(layer, name, longer)
+                ledger.own("cache", [longer])
+        with ledger.phase() as last:
+            mask = text.mask[:, :-1]
+            choose(
+                backbone.next_token_logits(text.ids[:, :1], mask, positions[:, -1:], cache), uniforms, module.sampling
+            )
+            whole = _cache_bytes(cache)
+            ledger.peak["activations"] += ledger.peak["cache"] - whole
+            ledger.peak["cache"] = whole
+    return first, last
+
+
+def _cache_bytes(cache: Any) -> int:
+    return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+@torch.no_grad()
+def _score(module: Any, job: Job) -> None:
+    """Log-probs, values and scores of one micro-batch of responses, and the reference's log-probs."""
+    rows = min(module.micro_batch_size, job.rows)
+    text = sequences(rows, job)
+    module.sample = lambda *_: (text.response_ids, text.response_mask)
+    if module.reward_function is not None:
+        module.score = lambda *_: torch.zeros(rows)
+    module.stop_ids = torch.tensor([0])
+    module.rollout(prompts(rows, job))
+    module.logprobs(text, "reference")
+    if job.over_vocabulary:
+        module.divergences(text, [exact_kl])
+
+
+def _losses(module: Any, job: Job) -> Iterator[Tensor]:
+    """Of one micro-batch in each role that trains."""
+    rows = min(module.micro_batch_size, job.minibatch_rows)
+    if module.task == "prompts":
+        yield from module.losses(experience(rows, job), Means(), Means())
+        return
+    with module.backbone.role(module.role):
+        text = sequences(rows, job)
+        if module.task == "sft":
+            yield module.negative_log_likelihood(text)
+        else:
+            yield module.pair_loss(Preferences(text, text, torch.zeros(rows)))

@@ -1,0 +1,231 @@
+"""LoRA adapters on a frozen model: their settings, their layers and their files.
+
+The only file that imports peft. `set_adapter` there switches gradients behind one's back, so every switch is followed
+at once by the trainable set of the role (`Backbone.role`).
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as FAMILY_TARGETS
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lrlhf.config import LoRA
+from lrlhf.errors import UserError
+from lrlhf.kernels.low_rank import add_low_rank
+from lrlhf.model.architecture import text_config, trunk
+
+PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+"""The attention's projections, as in arXiv 2309.09055."""
+
+
+def peft_config(lora: LoRA, model: Any) -> LoraConfig:
+    """The settings of LoRA as peft spells them, for a model.
+
+    Raises:
+        UserError: an option that peft refuses, or no targets are given and none are known for this family.
+    """
+    options, targets = dict(lora.options), lora.targets or _usual_targets(model)
+    decoder = next(name for name, module in model.named_modules() if module is trunk(model))
+    if targets == "all-linear":
+        targets = sorted(_leaves(_linear_layers(trunk(model))) - _experts(model))
+    if any(not name.startswith(f"{decoder}.") for name in _linear_layers(model)):
+        options.setdefault("exclude_modules", rf"(?!{re.escape(decoder)}\.).*")  # adapters of what sees images
+    try:
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lora.options: {error}; see the fields of peft.LoraConfig.") from error
+
+
+def _linear_layers(model: Any) -> dict[str, nn.Module]:
+    """Linear layers by name, an LM head and the parts of adapters left out."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    head = model.get_output_embeddings()
+    layers = {name: module for name, module in linear.items() if "lora_" not in name and module is not head}
+    return {name.removesuffix(".base_layer"): module for name, module in layers.items()}
+
+
+def _leaves(names: Iterable[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
+def _experts(model: Any) -> set[str]:
+    """Names that peft takes for weights of experts, which are fused into one tensor, wherever else they stand."""
+    fused = any(name.endswith("experts.down_proj") for name, _ in model.named_parameters())
+    return {"gate_proj", "up_proj", "down_proj"} if fused else set()
+
+
+def _usual_targets(model: Any) -> Any:
+    """Names of layers, or a regular expression."""
+    names = _leaves(_linear_layers(model))
+    if names >= set(PAPER_TARGETS):
+        return PAPER_TARGETS
+    family = text_config(model).model_type
+    if family not in FAMILY_TARGETS:
+        raise UserError(f"lora.targets must be given for {family}: all-linear, or some of {', '.join(sorted(names))}.")
+    return FAMILY_TARGETS[family]
+
+
+class AdaptedLinear(LoraLinear):
+    """peft's linear layer under plain adapters, in fewer passes over memory; peft does DoRA, dropout and biases."""
+
+    held: list[tuple[Tensor, Tensor]] | None = None
+    """The factors in the base's type while a role runs without gradients: sampling would make them for each token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O]: the layer beneath, and W x + (alpha / r) B A x for each active adapter in turn."""
+        factors = self.factors() if self.held is None or torch.is_grad_enabled() else self.held
+        if factors is None:
+            return super().forward(x)
+        result = self.base_layer(x)
+        x = x.to(result.dtype)
+        for down, up in factors:
+            result = add_low_rank(result, x, down.to(x.dtype), up.to(x.dtype))
+        return result
+
+    def factors(self) -> list[tuple[Tensor, Tensor]] | None:
+        """A [R, I] and (alpha / r) B [O, R], fp32, of each active adapter; None where they are not all there is."""
+        names: Any = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if self.merged or not all(map(self._is_plain, names)):
+            return None
+        layers: Any = [(self.lora_A[name], self.lora_B[name], self.scaling[name]) for name in names]
+        return [(down.weight, up.weight * scale) for down, up, scale in layers]
+
+    def hold(self, dtype: torch.dtype | None) -> None:
+        """Keep the factors in `dtype` until the next call, which must come before they change; None keeps none."""
+        factors = self.factors() if dtype else None
+        self.held = factors and [(down.to(dtype), up.to(dtype)) for down, up in factors]
+
+    def _is_plain(self, name: str) -> bool:
+        dropout = self.lora_dropout[name]
+        drops = self.training and not isinstance(dropout, nn.Identity)
+        return name not in self.lora_variant and self.lora_B[name].bias is None and not drops
+
+
+class Adapters:
+    """The adapters on one model, by name.
+
+    Args:
+        model: a causal language model of transformers; its layers are exchanged when the first adapter comes.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.layers = ""
+        """Which layers the newest adapter lies on, by name and number, as a text."""
+        self._peft: PeftModel | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters that exist."""
+        return list(self._peft.peft_config) if self._peft else []
+
+    def add(self, name: str, lora: LoRA) -> None:
+        """A new adapter, with B = 0.
+
+        Raises:
+            UserError: settings that fit no layer, or layers that take no adapter here.
+        """
+        config = peft_config(lora, self.model)
+        try:
+            if self._peft:
+                self._peft.add_adapter(name, config)
+            else:
+                self._wrap(PeftModel(self.model, config, adapter_name=name))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UserError(f"lora: {error}") from error
+        self.layers = self._check_layers(name, lora.targets)
+
+    def load(self, name: str, folder: Path) -> None:
+        """An adapter from its peft folder.
+
+        Raises:
+            UserError: a file is missing or does not fit the base.
+        """
+        try:
+            if self._peft:
+                self._peft.load_adapter(str(folder), adapter_name=name)
+            else:
+                self._wrap(PeftModel.from_pretrained(self.model, str(folder), adapter_name=name))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder}: this adapter cannot be loaded on this base ({error}).") from error
+
+    def activate(self, stack: Sequence[str], *, hold: bool) -> None:
+        """Let exactly these adapters work; `hold` keeps their factors in the base's type (see `AdaptedLinear.hold`)."""
+        for layer in self.model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.cast_input_dtype_enabled = False
+                layer.enable_adapters(bool(stack))
+                if stack:
+                    layer.set_adapter(list(stack))
+            if isinstance(layer, AdaptedLinear):
+                layer.hold(self.model.dtype if hold else None)
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """A and B of every layer."""
+        return [p for key, p in self.model.named_parameters() if "lora_" in key and name in key.split(".")]
+
+    def save(self, stack: Sequence[str], folder: Path) -> None:
+        """Each adapter as an ordinary peft folder in `folder`."""
+        assert self._peft is not None
+        self._peft.save_pretrained(str(folder), selected_adapters=list(stack), save_embedding_layers=False)
+
+    def export(self, stack: Sequence[str], folder: Path) -> None:
+        """Write a stack as ONE peft adapter, folder/adapter, of the summed rank, or say that none can hold it.
+
+        DoRA's magnitudes do not concatenate, nor do rank-stabilised scales that differ from layer to layer.
+        """
+        model: Any = self._peft
+        configs = [model.peft_config[adapter] for adapter in stack]
+        if any(config.use_dora or (config.use_rslora and config.rank_pattern) for config in configs):
+            rank_zero_info(
+                f"{' and '.join(stack)} are not written as one adapter: DoRA, or use_rslora with rank_pattern"
+            )
+            return
+        weight = sum(config.r for config in configs) ** -0.5 if configs[0].use_rslora else 1.0
+        model.base_model.add_weighted_adapter(list(stack), [weight] * len(stack), "adapter", combination_type="cat")
+        try:
+            model.save_pretrained(str(folder), selected_adapters=["adapter"], save_embedding_layers=False)
+        finally:
+            model.delete_adapter("adapter")
+
+    def _wrap(self, peft: PeftModel) -> None:
+        self._peft = peft
+        for module in self.model.modules():
+            if type(module) is LoraLinear:
+                module.__class__ = AdaptedLinear
+
+    def _check_layers(self, adapter: str, targets: list[str] | str | None) -> str:
+        """Which layers got an adapter, by name and number.
+
+        Raises:
+            UserError: a name matched none, or a layer is none of the decoder's linear layers.
+        """
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, LoraLayer) and adapter in m.r}
+        inside = {id(module) for module in trunk(self.model).modules()}
+        for name, layer in layers.items():
+            if id(layer) not in inside or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+                raise UserError(f"lora.targets: {name} is no linear layer of the decoder, and takes no adapter here.")
+        names = targets if isinstance(targets, list) else sorted(_leaves(layers))
+        counts = {t: sum(name == t or name.endswith(f".{t}") for name in layers) for t in names}
+        for target in [target for target, count in counts.items() if not count]:
+            known = ", ".join(sorted(_leaves(_linear_layers(self.model))))
+            raise UserError(f"lora.targets: no layer is called {target}; there are {known}.")
+        return ", ".join(f"{target} ({count})" for target, count in counts.items())

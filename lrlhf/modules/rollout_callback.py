@@ -1,0 +1,24 @@
+"""The hook through which penalties, bonuses and other rewards reach PPO."""
+
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from lrlhf.types import Rollout
+
+
+class RolloutCallback(L.Callback):
+    """Subclass it and implement one method; PPOPolicy (`policy`) folds the rewards over its callbacks in list order."""
+
+    def shape_rewards(self, trainer: L.Trainer, policy: Any, rollout: Rollout, rewards: Tensor) -> Tensor:
+        """Rewards [B, R] in, NEW rewards [B, R] out; also called in validation (see trainer.training)."""
+        return rewards
+
+    def on_rollout_end(self, trainer: L.Trainer, policy: Any, rollout: Rollout, rewards: Tensor) -> None:
+        """Look, log, write; change nothing. rewards [B, R] are final."""
+
+
+def stage(trainer: L.Trainer) -> str:
+    """The prefix of logged names: train, val or test."""
+    return "train" if trainer.training else "test" if trainer.testing else "val"

@@ -1,0 +1,151 @@
+"""What one stage gives the next: adapters as plain peft folders, a head as safetensors, and a manifest that is checked.
+
+handover/  manifest.json  sft/  reward/  head.safetensors        (a reward model)
+           manifest.json  sft/  policy/  adapter/                (a policy; adapter/ is its stack as ONE peft adapter)
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrlhf.errors import UserError
+from lrlhf.model.backbone import Backbone
+from lrlhf.model.pretrained import fingerprint_tokenizer
+from lrlhf.paths import manifest
+from lrlhf.types import Sequences
+
+PROBE = "A friend asked how to keep a small garden through a dry summer."
+"""Scored when a reward model is handed over, and again before PPO trusts it."""
+
+
+@dataclass(frozen=True)
+class Handover:
+    """The manifest of a hand-over folder. Fingerprints name what a role was trained on and works with."""
+
+    folder: Path
+    role: str
+    stack: tuple[str, ...]
+    head: bool
+    base_model: str
+    base: str
+    tokenizer: str
+    template: str | None
+    adapters: dict[str, str] = field(default_factory=dict)
+    probe_score: float | None = None
+    dtype: str = "float32"
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Handover":
+        """The manifest in `folder`.
+
+        Raises:
+            UserError: no folder, no manifest, or a damaged one.
+        """
+        path = manifest(folder)
+        try:
+            values = json.loads(path.read_text())
+            handover = cls(folder=path.parent, **{**values, "stack": tuple(values["stack"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); run its stage again.") from None
+        for adapter, digest in handover.adapters.items():
+            if _digest(handover.folder / adapter) != digest:
+                raise UserError(f"{path.parent}: the adapter {adapter} is not the one that was handed over.")
+        return handover
+
+    @classmethod
+    def write(
+        cls,
+        folder: Path,
+        backbone: Backbone,
+        role: str,
+        tokenizer: Any,
+        *,
+        base_model: str,
+        dtype: str,
+        template: str | None,
+    ) -> "Handover":
+        """Save a role that was trained; written beside and renamed, so that a kill leaves no half a folder.
+
+        Args:
+            folder: to write; one that is there is replaced.
+            backbone: with the role.
+            role: to save.
+            tokenizer: of the base.
+            base_model: by which the base was loaded.
+            dtype: of the base.
+            template: fingerprint of the prompt template, where there is one.
+        """
+        probe_score = score_probe(backbone, role, tokenizer) if role in backbone.heads else None
+        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        try:
+            backbone.save_role(role, scratch)  # which shards a gathered base: nothing may run after it
+            if (scratch / "model").is_dir():
+                tokenizer.save_pretrained(scratch / "model")
+            stack = backbone.stacks[role]
+            if role == "policy" and stack:
+                backbone.export_adapter(role, scratch)
+                (scratch / "README.md").unlink(missing_ok=True)
+            handover = cls(
+                folder=folder,
+                role=role,
+                stack=stack,
+                head=role in backbone.heads,
+                base_model=base_model,
+                base=backbone.fingerprint,
+                tokenizer=fingerprint_tokenizer(tokenizer),
+                template=template,
+                adapters={adapter: _digest(scratch / adapter) for adapter in stack},
+                probe_score=probe_score,
+                dtype=dtype,
+            )
+            values = {k: v for k, v in asdict(handover).items() if k != "folder"}
+            (scratch / "manifest.json").write_text(json.dumps(values, indent=2) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)
+            scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return handover
+
+    def check(self, backbone: Backbone, tokenizer: str) -> None:
+        """Refuse another base or tokenizer than the role was trained on, naming what differs."""
+        for what, ours, theirs in (
+            ("base model", backbone.fingerprint, self.base),
+            ("tokenizer", tokenizer, self.tokenizer),
+        ):
+            if ours != theirs and (self.stack or what == "tokenizer"):
+                raise UserError(
+                    f"{self.folder} was trained with another {what} (fingerprint {theirs}, here {ours}); "
+                    f"use base_model: {self.base_model}, or train the stage again."
+                )
+
+    def check_template(self, template: str | None) -> None:
+        """Refuse another prompt template than the role was trained on."""
+        if template is not None and self.template is not None and template != self.template:
+            raise UserError(
+                f"{self.folder} was trained with another prompt template (fingerprint {self.template}, here "
+                f"{template}); set the same data.template in every stage."
+            )
+
+
+@torch.no_grad()
+def score_probe(backbone: Backbone, role: str, tokenizer: Any) -> float:
+    """The score of a fixed text by a role with a head."""
+    ids = torch.tensor([tokenizer(PROBE)["input_ids"]], device=next(backbone.parameters()).device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with backbone.role(role):
+        return float(backbone.scores(Sequences(ids[:, :1], mask[:, :1], ids[:, 1:], mask[:, 1:])))
+
+
+def _digest(folder: Path) -> str:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run its stage again.")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
