@@ -9,8 +9,9 @@ import pytest
 
 import lrlhf
 import lrlhf.functional
-from lrlhf import align, verify_resume
 from lrlhf.__main__ import USAGE
+from lrlhf.align import align
+from lrlhf.cli import verify_resume
 from lrlhf.cli.lightning import AlignmentCLI, run_stage
 from lrlhf.cli.settings import check_configs, check_run
 from lrlhf.memory.command import read
