@@ -119,8 +119,7 @@ def main():
         **COMMON,
         reward_model=f"{folder}/handover",
         lora=lrlhf.LoRA(r=8, alpha=64),
-        minibatch_size=options.rollout // 2,
-        inner_epochs=2,
+        ppo=lrlhf.PPO(minibatch_size=options.rollout // 2, inner_epochs=2),
         sampling=lrlhf.Sampling(max_new_tokens=options.response),
     )
     callbacks = [lrlhf.DivergenceCallback(coefficient=0.02), lrlhf.MissingEOSPenalty(1.0)]

@@ -25,6 +25,7 @@ _HOMES = {
     "Backbone": "lrlhf.model.backbone",
     "FSDP2Strategy": "lrlhf.model.sharding",
     "LoRA": "lrlhf.config",
+    "PPO": "lrlhf.config",
     "Quantization": "lrlhf.config",
     "Sampling": "lrlhf.config",
     "Schedule": "lrlhf.config",

@@ -1,9 +1,10 @@
 """The command line: lrlhf fit | validate | test | predict | align | report | plan | verify-resume."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from lrlhf.cli.start import fail, keep_few_kernels, keep_freed_memory, quiet
+from lrlhf.cli.start import check_config_files, fail, keep_few_kernels, keep_freed_memory, quiet
+from lrlhf.errors import UserError
 
 USAGE = """usage: lrlhf COMMAND [options]
 
@@ -21,52 +22,16 @@ lrlhf COMMAND --help tells the options; several --config files compose, later on
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a fault the user can mend becomes one sentence on stderr and exit code 1."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return
-    command, *rest = arguments
     quiet()
     keep_freed_memory()
     keep_few_kernels()
-    from lrlhf.errors import UserError
-
     try:
-        if command == "align":
-            from lrlhf.align.align import align
-
-            align(rest)
-        elif command == "report":
-            from lrlhf.align.report import main as report
-
-            report(rest)
-        elif command == "plan":
-            from lrlhf.cli.settings import check_run
-
-            check_run(command, rest)
-            from lrlhf.memory.command import main as plan
-
-            plan(rest)
-        elif command == "verify-resume":
-            from lrlhf.cli.settings import check_run
-
-            check_run(command, rest)
-            from lrlhf.cli.verify_resume import main as verify_resume
-
-            verify_resume(rest)
-        elif command in ("fit", "validate", "test", "predict"):
-            from lrlhf.cli.settings import check_run
-
-            check_run(command, rest)
-            from lrlhf.cli.lightning import run_stage
-
-            run_stage([command, *rest])
-        elif command == "--version":
-            from lrlhf import __version__
-
-            print(f"lrlhf {__version__}")
-        else:
-            raise UserError(f"there is no command {command!r}; see lrlhf --help.")
+        check_config_files(words[1:])
+        command(words[0])(words[1:])
     except UserError as error:
         fail(str(error))
     except OSError as error:
@@ -77,6 +42,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if type(stop).__name__ == "SIGTERMException":
             sys.exit(128 + 15)
         raise
+
+
+def command(name: str) -> Callable[[list[str]], object]:
+    """The function that runs a command; what others need is not imported."""
+    if name in ("fit", "validate", "test", "predict"):
+        from lrlhf.cli.lightning import run_stage
+
+        return lambda arguments: run_stage([name, *arguments])
+    if name == "align":
+        from lrlhf.align.align import main as align
+
+        return align
+    if name == "report":
+        from lrlhf.align.report import main as report
+
+        return report
+    if name == "plan":
+        from lrlhf.memory.command import main as plan
+
+        return plan
+    if name == "verify-resume":
+        from lrlhf.cli.verify_resume import main as verify_resume
+
+        return verify_resume
+    if name == "--version":
+        from lrlhf import __version__
+
+        return lambda _: print(f"lrlhf {__version__}")
+    raise UserError(f"there is no command {name!r}; see lrlhf --help.")
 
 
 if __name__ == "__main__":

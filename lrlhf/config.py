@@ -1,16 +1,28 @@
 """The settings of a run that are not a class of their own, as a user writes them. Imports no torch."""
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
+
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from lrlhf.errors import UserError
+
+BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
+UpToOne = restricted_number_type("UpToOne", float, [(">", 0), ("<=", 1)])
+TwoOrMore = restricted_number_type("TwoOrMore", int, (">=", 2))
 
 DType = Literal["float32", "bfloat16", "float16"]
 Gather = Literal["rollout", "layer"]
 """When passes without gradient get the parts of a sharded base (see `lrlhf.model.sharding`)."""
 
-OPTIONS = (
+LORA_OPTIONS = (
     "use_rslora",
     "use_dora",
     "init_lora_weights",
@@ -23,15 +35,45 @@ OPTIONS = (
 """Fields of peft.LoraConfig, besides the settings of `LoRA`, that hold from training to hand-over and export."""
 
 
+def check_ranges(made: Any) -> None:
+    """Hold attributes to the ranges that the arguments of the same name are annotated with, also in plain code.
+
+    jsonargparse does so for a config. The attributes become plain numbers, which a checkpoint may hold.
+
+    Args:
+        made: an object whose class keeps its arguments as attributes.
+
+    Raises:
+        UserError: the first that lies outside.
+    """
+    hints: dict[str, Any] = {}
+    for kind in reversed(type(made).__mro__):
+        hints |= get_type_hints(vars(kind)["__init__"]) if _is_ours(kind) else {}
+    for name, hint in hints.items():
+        value = getattr(made, name, None)
+        for restricted in get_args(hint) or (hint,):
+            if hasattr(restricted, "_restrictions") and isinstance(value, int | float):
+                try:
+                    object.__setattr__(made, name, restricted._type(restricted(value)))
+                except ValueError:
+                    limits = restricted._expression.replace("v", "")
+                    raise UserError(f"{type(made).__name__}: {name}={value} must be {limits}.") from None
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether lrlhf annotates the arguments of a class; a user's annotations may not be known when it runs."""
+    return kind.__module__.startswith("lrlhf.") and "__init__" in vars(kind)
+
+
 @dataclass(frozen=True)
 class LoRA:
     """Low-rank adaptation (arXiv 2106.09685): W x + (alpha / r) B A x, with A and B in fp32."""
 
-    r: int = 8
+    r: PositiveInt = 8
     """Rank. Larger can move further and costs more; 4 to 64 is usual, 8 in the paper."""
-    alpha: float = 64.0
+    alpha: PositiveFloat = 64.0
     """Scale numerator: the update is multiplied by alpha / r, 8 in the paper."""
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0  # type: ignore[valid-type]
     """Dropout on the adapter's input while SFT or the reward model trains (0.1 in the paper). PPO runs without."""
     targets: list[str] | str | None = None
     """Which linear layers get an adapter: their names, all-linear (of the decoder, fused experts left out), or a
@@ -41,13 +83,10 @@ class LoRA:
     """Other fields of peft.LoraConfig: use_rslora, use_dora, init_lora_weights, layers_to_transform, layers_pattern,
     rank_pattern, alpha_pattern, exclude_modules."""
 
-    def __post_init__(self):
-        if self.r < 1:
-            raise UserError(f"lora.r={self.r} must be at least 1.")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"lora.alpha={self.alpha} must be positive and finite.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout={self.dropout} must lie in [0, 1).")
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.alpha == float("inf"):
+            raise UserError("lora.alpha=inf must be finite.")
         if self.targets is not None and not self.targets:
             raise UserError("lora.targets is empty; name the linear layers to adapt, e.g. [q_proj, v_proj].")
         if self.options.get("init_lora_weights", True) not in (True, "gaussian"):
@@ -57,8 +96,10 @@ class LoRA:
             )
         for name in {"r", "lora_alpha", "lora_dropout", "target_modules"} & self.options.keys():
             raise UserError(f"lora.options.{name}: set r, alpha, dropout or targets of lora itself instead.")
-        for name in sorted(self.options.keys() - set(OPTIONS)):
-            raise UserError(f"lora.options.{name} would not last to the hand-over; there are {', '.join(OPTIONS)}.")
+        for name in sorted(self.options.keys() - set(LORA_OPTIONS)):
+            raise UserError(
+                f"lora.options.{name} would not last to the hand-over; there are {', '.join(LORA_OPTIONS)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -76,32 +117,22 @@ class Quantization:
 class Sampling:
     """How responses are drawn."""
 
-    max_new_tokens: int = 300
+    max_new_tokens: PositiveInt = 300
     """Tokens in a response at most, the end-of-sequence token included; 300 in the paper."""
-    temperature: float = 1.0
+    temperature: NonNegativeFloat = 1.0
     """Divides the logits; below 1 is more predictable, 0 takes the likeliest token. 1 in the paper."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Draw from the k likeliest tokens alone; 0 from all. Not for PPO, whose ratio needs the whole distribution."""
-    top_p: float = 1.0
+    top_p: UpToOne = 1.0  # type: ignore[valid-type]
     """Draw from the smallest set of tokens with this probability, of all tokens. Not for PPO, for the same reason."""
-
     stop: list[str] | None = None
     """Tokens that end a response, by name, e.g. [<|eot_id|>]. null takes what the model's generation config, the
     tokenizer and its chat template end with. What the prompt template ends a response with always ends one."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Prompts answered together, per device. Memory only: the key-value cache grows with it."""
 
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"sampling.batch_size={self.batch_size} must be at least 1.")
-        if self.max_new_tokens < 1:
-            raise UserError(f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1.")
-        if self.temperature < 0:
-            raise UserError(f"sampling.temperature={self.temperature} must not be negative.")
-        if self.top_k < 0:
-            raise UserError(f"sampling.top_k={self.top_k} must not be negative.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"sampling.top_p={self.top_p} must lie in (0, 1].")
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     @property
     def truncates(self) -> bool:
@@ -115,9 +146,40 @@ class Schedule:
 
     name: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Shape after the warm-up; linear in the paper."""
-    warmup: int = 5
+    warmup: NonNegativeInt = 5
     """Batches of linear warm-up from 0; 5 in the paper."""
 
-    def __post_init__(self):
-        if self.warmup < 0:
-            raise UserError(f"model.schedule.warmup={self.warmup} must not be negative.")
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class PPO:
+    """How a policy learns from a rollout (arXiv 1707.06347; "the paper" is arXiv 2309.09055)."""
+
+    minibatch_size: PositiveInt = 128
+    """Responses of one optimizer step; divides data.batch_size. 128 in the paper."""
+    inner_epochs: PositiveInt = 2
+    """Passes over each rollout; 2 in the paper. More learns faster and drifts further."""
+    clip_range: PositiveFloat = 0.2
+    """PPO's clip of the ratio; 0.2 in the paper."""
+    value_clip_range: PositiveFloat = 0.2
+    """Clip of the critic's move per rollout; 0.2 in the paper."""
+    value_coefficient: NonNegativeFloat = 0.1
+    """Weight of the value loss; 0.1 in the paper."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Bonus for entropy; 0 in the paper."""
+    discount: ClosedUnitInterval = 1.0
+    """Gamma of GAE; 1 in the paper."""
+    trace_decay: ClosedUnitInterval = 0.95
+    """Lambda of GAE; 0.95 in the paper, 1.0 in AlpacaFarm."""
+    whiten_rewards: bool = True
+    """Scale rewards to unit variance, keeping their mean, as in the paper."""
+    target_update_kl: PositiveFloat | None = None
+    """Stop the inner epochs when the new policy is further than this from the one that sampled (KL per token); null
+    never stops. 0.02 to 0.1 is usual."""
+    critic_warmup: NonNegativeInt = 0
+    """Iterations in which only the critic learns."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

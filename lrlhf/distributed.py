@@ -41,13 +41,18 @@ def largest(number: int) -> int:
     return int(result)
 
 
+def missing_passes(passes: int) -> int:
+    """How many more passes another process makes than this one."""
+    return largest(passes) - passes
+
+
 def any_process(flag: bool) -> bool:
     """Whether any process says so."""
     return bool(largest(int(flag)))
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its sum over processes, in one message; a missing gradient counts as 0.
+    """Replace each gradient by its sum over processes, in one collective; a missing gradient counts as 0.
 
     Losses are divided by counts over all processes, so their gradients add up, they are not averaged.
     """

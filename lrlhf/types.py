@@ -28,6 +28,11 @@ class Sequences:
     response_ids: Tensor
     response_mask: Tensor
 
+    @classmethod
+    def of(cls, other: Sequences, **more: Tensor) -> Self:
+        """The fields of `other`, and those that this kind has more (or has anew)."""
+        return cls(**{f.name: getattr(other, f.name) for f in fields(other)} | more)
+
     def __len__(self) -> int:
         return len(self.prompt_ids)
 

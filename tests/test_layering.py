@@ -23,7 +23,7 @@ FLOORS = (
 HOMES = {
     "peft": {"model/adapters.py"},
     "bitsandbytes": {"model/quantization.py"},
-    "jsonargparse": {"cli", "memory"},
+    "jsonargparse": {"config.py", "cli", "memory", "modules", "callbacks", "datamodules", "run"},
     "matplotlib": {"align/plots.py"},
     "vaderSentiment": {"rewards.py"},
     "transformers": {"model", "modules/base.py", "memory/rehearsal.py"},

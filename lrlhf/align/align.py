@@ -7,108 +7,151 @@ everything it is made from. A change of its config, its overrides or a stage bef
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lrlhf.cli.settings import check_configs, import_function, read_yaml
+from jsonargparse.typing import PositiveInt
+
+from lrlhf.cli.lightning import ConfigCLI, run_stage
+from lrlhf.cli.messages import CommandParser
+from lrlhf.cli.start import check_config_files
 from lrlhf.errors import UserError
 
 STAGES = ("sft", "reward", "ppo")
 
-USAGE = """usage: lrlhf align --config configs/demo/align.yaml [--run FOLDER] [--seed N] [--STAGE.KEY VALUE ...]
-
-  --config FILE        names the run folder, the config files of each stage, and what to compare afterwards
-  --run FOLDER         another run folder than the file's
-  --seed N             another seed for every stage
-  --STAGE.KEY VALUE    passed to that stage's fit as --KEY VALUE, e.g. --ppo.trainer.limit_train_batches 4
-                       (STAGE is sft, reward or ppo)"""
+DESCRIPTION = """SFT, reward model and PPO, each in a folder of its own, then a comparison and a report. An option
+--STAGE.KEY VALUE is passed to that stage's fit as --KEY VALUE, e.g. --ppo.trainer.limit_train_batches 4."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Stages:
+    """Config files of each stage; null leaves a stage out."""
+
+    sft: list[str] | None = None
+    """Of supervised fine-tuning."""
+    reward: list[str] | None = None
+    """Of the reward model."""
+    ppo: list[str] | None = None
+    """Of PPO."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What is compared afterwards."""
+
+    gold: str | None = None
+    """Import path of a reward function that training never saw."""
+    prompts: str | None = None
+    """File of held-out prompts; null takes the validation prompts of PPO."""
+    count: PositiveInt = 96
+    """Prompts at most."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What an align run is made of."""
 
-    run: Path
-    stages: dict[str, list[str]]
-    compare: dict[str, Any]
-    overrides: dict[str, list[str]]
+    stages: Stages
+    """Config files of the stages."""
+    run: str = "runs/align"
+    """Folder of the run."""
+    compare: Compare = Compare()
+    """What is compared afterwards."""
+    seed: int | None = None
+    """Of every stage; null leaves each its own."""
+    overrides: dict[str, list[str]] = field(default_factory=dict)
+    """Options of a stage's fit, by stage; on the command line --STAGE.KEY VALUE."""
 
     @classmethod
     def read(cls, arguments: list[str]) -> "Plan":
-        """From the command line and the YAML file that it names.
+        """From the command line and the files that it names.
 
         Raises:
-            UserError: an unknown option or key, or a file that cannot be read.
+            UserError: an unknown option or key, a value of another kind, or no stage.
         """
-        options: dict[str, str] = {}
-        overrides: dict[str, list[str]] = {stage: [] for stage in STAGES}
-        for name, value in _pairs(arguments):
-            stage, _, key = name.partition(".")
-            if name in ("config", "run", "seed"):
-                options[name] = value
-            elif stage in STAGES and key:
-                overrides[stage] += [f"--{key}", value]
-            else:
-                raise UserError(f"align: unknown option --{name}; see lrlhf align --help.")
-        if "config" not in options:
-            raise UserError("align needs --config FILE, e.g. configs/demo/align.yaml.")
-        values = read_yaml(Path(options["config"]).expanduser(), "keys run, stages and compare")
-        unknown = values.keys() - {"run", "stages", "compare"}
-        if unknown:
-            raise UserError(
-                f"{options['config']}: unknown key {sorted(unknown)[0]!r}; it may have run, stages, compare."
-            )
-        stages, compare = values.get("stages") or {}, values.get("compare") or {}
-        for name, section in {"stages": stages, "compare": compare}.items():
-            if not isinstance(section, dict):
-                raise UserError(f"{options['config']}: {name} must hold keys, got {section!r}.")
-        if unknown := compare.keys() - {"gold", "prompts", "count"}:
-            raise UserError(
-                f"{options['config']}: unknown key compare.{sorted(unknown)[0]}; it may have gold, prompts, count."
-            )
-        for stage, files in stages.items():
-            if stage not in STAGES:
-                raise UserError(f"{options['config']}: unknown stage {stage!r}; stages are {', '.join(STAGES)}.")
-            if not isinstance(files, list) or not all(isinstance(f, str) for f in files):
-                raise UserError(f"{options['config']}: stages.{stage} must be a list of config files.")
-        if not stages:
-            raise UserError(f"{options['config']}: stages is empty; name config files for {', '.join(STAGES)}.")
-        if "seed" in options:
-            for stage in STAGES:
-                overrides[stage] += ["--seed_everything", options["seed"]]
-        run = Path(options.get("run") or str(values.get("run") or "runs/align")).expanduser()
-        ordered = {stage: stages[stage] for stage in STAGES if stage in stages}
-        return cls(run, ordered, compare, overrides)
+        mine, overrides = _divided(arguments)
+        parser = CommandParser("align", DESCRIPTION)
+        parser.add_class_arguments(cls, skip={"overrides"})
+        values = parser.instantiate_classes(parser.parse_args(mine))
+        values.pop("config", None)
+        plan = cls(**vars(values), overrides=overrides)
+        if not plan.files:
+            raise UserError(f"align: stages names no config files; give --config FILE with stages {', '.join(STAGES)}.")
+        return plan
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Config files by stage, in the order in which they run."""
+        return {stage: files for stage in STAGES if (files := getattr(self.stages, stage))}
+
+    def arguments(self, stage: str) -> list[str]:
+        """Of the `lrlhf` command that fits a stage."""
+        words = ["fit", *(word for file in self.files[stage] for word in ("--config", file))]
+        run = Path(self.run).expanduser()
+        words += ["--trainer.default_root_dir", str(run / stage)]
+        if stage != "sft" and "sft" in self.files:
+            words += ["--model.init_args.sft", str(run / "sft" / "handover")]
+        if stage == "ppo" and "reward" in self.files:
+            words += ["--model.init_args.reward_model", str(run / "reward" / "handover")]
+        seed = [] if self.seed is None else ["--seed_everything", str(self.seed)]
+        return words + seed + self.overrides.get(stage, [])
 
 
-def align(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Run the stages that are not done, compare the policy with its reference, and write the report."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
     plan = Plan.read(arguments)
-    for stage in plan.stages:
-        check_configs(_arguments(plan, stage))
-    if plan.compare.get("gold"):
-        import_function(plan.compare["gold"])
-    upstream = ""
-    for stage in plan.stages:
+    for stage in plan.files:
+        _, *words = plan.arguments(stage)
+        check_config_files(words)
+        ConfigCLI(f"align: {stage}", lambda parser: None, words)
+    gold = _imported(plan.compare.gold) if plan.compare.gold else None
+    run, upstream = Path(plan.run).expanduser(), ""
+    for stage in plan.files:
         upstream = _run_stage(plan, stage, upstream)
-    if "ppo" in plan.stages:
+    if plan.stages.ppo:
         from lrlhf.align.comparison import compare
         from lrlhf.align.report import write_report
 
-        compare(plan.run, **plan.compare)
-        write_report(plan.run)
+        compare(run, gold, plan.compare.prompts, plan.compare.count)
+        write_report(run)
+
+
+def _divided(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Our own arguments, and those that begin with a stage, by stage."""
+    mine: list[str] = []
+    overrides: dict[str, list[str]] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        stage, dot, option = word.removeprefix("--").partition(".")
+        if not (word.startswith("--") and dot and stage in STAGES):
+            mine.append(word)
+            continue
+        value = [] if "=" in option or not words else [words.pop(0)]
+        overrides[stage] = [*overrides.get(stage, []), f"--{option}", *value]
+    return mine, overrides
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    """A function by import path.
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(f"{path} cannot be imported; give the import path of a function.") from None
 
 
 def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
     """Fit one stage unless it is done; its fingerprint."""
-    from lrlhf.cli.lightning import run_stage
-
-    folder, arguments = plan.run / stage, _arguments(plan, stage)
-    files = [Path(file).expanduser() for file in plan.stages[stage]]
+    folder, arguments = Path(plan.run).expanduser() / stage, plan.arguments(stage)
+    files = [Path(file).expanduser() for file in plan.files[stage]]
     contents = [file.read_text() for file in files if file.is_file()]
     fingerprint = hashlib.sha256(json.dumps([upstream, arguments, contents]).encode()).hexdigest()[:16]
     record = folder / "stage.json"
@@ -126,13 +169,6 @@ def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
     return fingerprint
 
 
-def _arguments(plan: Plan, stage: str) -> list[str]:
-    """Of the `lrlhf` command that fits the stage."""
-    files = [word for file in plan.stages[stage] for word in ("--config", file)]
-    folder = str(plan.run / stage)
-    return ["fit", *files, "--trainer.default_root_dir", folder, *_links(plan, stage), *plan.overrides[stage]]
-
-
 def _read_record(path: Path) -> dict[str, Any]:
     """What stage.json says; a stage that was begun and not ended has no `seconds`."""
     try:
@@ -146,28 +182,3 @@ def _write_record(path: Path, record: dict[str, Any]) -> None:
     scratch = path.with_suffix(".json.part")
     scratch.write_text(json.dumps(record) + "\n")
     scratch.replace(path)
-
-
-def _links(plan: Plan, stage: str) -> list[str]:
-    """Where a stage finds what the stages before it handed over."""
-    links = []
-    if stage != "sft" and "sft" in plan.stages:
-        links += ["--model.init_args.sft", str(plan.run / "sft" / "handover")]
-    if stage == "ppo" and "reward" in plan.stages:
-        links += ["--model.init_args.reward_model", str(plan.run / "reward" / "handover")]
-    return links
-
-
-def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
-    pairs, rest = [], list(arguments)
-    while rest:
-        name = rest.pop(0)
-        if not name.startswith("--"):
-            raise UserError(f"align: expected --OPTION VALUE, got {name!r}.")
-        name, has_value, value = name[2:].partition("=")
-        if not has_value:
-            if not rest:
-                raise UserError(f"align: --{name} needs a value.")
-            value = rest.pop(0)
-        pairs.append((name, value))
-    return pairs

@@ -10,21 +10,21 @@ import torch
 from tqdm import tqdm
 
 from lrlhf.callbacks.divergence import measure
-from lrlhf.cli.settings import import_function
 from lrlhf.errors import UserError
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
+from lrlhf.modules.ppo_policy import RewardFunction
 from lrlhf.run.checkpoints import load, newest_checkpoint
 from lrlhf.types import Prompts, Sequences
 
 MEASURED = (kl, js, js_paper, exact_kl, exact_forward_kl, exact_js, exact_total_variation)
 
 
-def compare(run: Path, gold: str | None = None, prompts: str | None = None, count: int = 96) -> None:
+def compare(run: Path, gold: RewardFunction | None = None, prompts: str | None = None, count: int = 96) -> None:
     """Write run/comparison.json: responses of reference and policy, their rewards and lengths, every divergence.
 
     Args:
         run: folder of an align run whose PPO stage is done.
-        gold: import path of a reward function that training never saw; None leaves it out.
+        gold: a reward function that training never saw; None leaves it out.
         prompts: file of held-out prompts; None takes the PPO stage's validation prompts.
         count: prompts at most.
     """
@@ -34,21 +34,20 @@ def compare(run: Path, gold: str | None = None, prompts: str | None = None, coun
     if prompts is not None:
         data.sources["val"] = prompts
     data.setup("validate")
-    gold_function = import_function(gold) if gold else None
     rows: list[dict[str, Any]] = []
     divergences: dict[str, list[tuple[float, int]]] = {}
     for number, batch in enumerate(tqdm(data.val_dataloader(), desc="comparing before and after")):
         sides = {}
         for side, role in (("before", "reference"), ("after", "policy")):
             sequences = Sequences(batch.prompt_ids, batch.prompt_mask, *module.sample(batch, role, "compare", number))
-            sides[side] = _describe(module, sequences, batch, gold_function)
+            sides[side] = _describe(module, sequences, batch, gold)
         for name, values in measure(module, sequences, module.logprobs(sequences, "policy"), MEASURED).items():
             tokens = int(sequences.response_mask.sum())
             divergences.setdefault(name, []).append((float(values.sum()) / tokens, tokens))
         for source, before, after in zip(batch.sources, sides["before"], sides["after"], strict=True):
             rows.append({"instruction": source["instruction"], "before": before, "after": after})
     result = {
-        "gold": gold_function.__name__ if gold_function else None,
+        "gold": gold.__name__ if gold else None,
         "base_model": module.base_model,
         "seed": config.get("seed_everything"),
         "reward_model": _reward_model_accuracy(run / "reward"),
@@ -76,10 +75,10 @@ def load_run(folder: Path) -> tuple[Any, Any, Any]:
     return config, module, data
 
 
-def _describe(module: Any, sequences: Sequences, batch: Prompts, gold_function: Any) -> list[dict[str, Any]]:
+def _describe(module: Any, sequences: Sequences, batch: Prompts, gold: Any) -> list[dict[str, Any]]:
     responses = module.decode(sequences.response_ids, sequences.response_mask)
     learned = module.score(sequences, batch).tolist()
-    gold = gold_function(list(batch.texts), responses).tolist() if gold_function else [None] * len(responses)
+    gold = gold(list(batch.texts), responses).tolist() if gold else [None] * len(responses)
     ended = torch.isin(sequences.response_ids, module.stop_ids).any(-1).tolist()
     names = ("response", "learned", "gold", "length", "ended")
     columns = (responses, learned, gold, sequences.lengths.tolist(), ended)

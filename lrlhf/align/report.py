@@ -16,6 +16,7 @@ from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
 from lrlhf.align.plots import Plot, make_plots, read_curves
+from lrlhf.cli.messages import CommandParser
 from lrlhf.errors import UserError
 
 try:
@@ -25,9 +26,6 @@ try:
 except ImportError as error:
     raise UserError(f"lrlhf report needs {error.name}: pip install 'lrlhf[demo]'.") from None
 
-USAGE = """usage: lrlhf report RUN_FOLDER
-
-Print before and after PPO of an align run, and write RUN_FOLDER/report.html and RUN_FOLDER/plots/*.png."""
 Z = NormalDist().inv_cdf(0.975)
 SIDES = ("before", "after")
 HEADINGS = ("", "Value", "95 % interval", "n")
@@ -70,14 +68,14 @@ class Estimate(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """`lrlhf report RUN_FOLDER`; UserError unless that is one folder with a comparison."""
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        got = " ".join(arguments) or "nothing"
-        raise UserError(f"report: expected one RUN_FOLDER, got {got}; for example lrlhf report runs/demo.")
-    write_report(Path(arguments[0]).expanduser())
+    """`lrlhf report RUN_FOLDER`.
+
+    Raises:
+        UserError: that is no folder with a comparison.
+    """
+    parser = CommandParser("report", "Tables, plots and an HTML page of an align run, before and after PPO.")
+    parser.add_argument("run", type=str, help="run folder of lrlhf align; report.html and plots/ are written into it")
+    write_report(Path(parser.parse_args(arguments).run).expanduser())
 
 
 def write_report(run: Path) -> Path:

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from lrlhf.config import check_ranges
 from lrlhf.distributed import total, total_number
 from lrlhf.errors import UserError
 from lrlhf.functional import kl
 from lrlhf.functional.divergence import Divergence
 from lrlhf.functional.masked import masked_mean
 from lrlhf.modules.ppo_policy import PPOPolicy
-from lrlhf.modules.rollout_callback import RolloutCallback, stage
+from lrlhf.modules.rollout_callback import RolloutCallback
 from lrlhf.types import Rollout, Sequences
 
 
@@ -25,19 +27,17 @@ class AdaptiveCoefficient:
     coefficient <- coefficient * (1 + rate * clip(divergence / target - 1, -limit, limit)), once per iteration.
     """
 
-    target: float = 6.0
+    target: PositiveFloat = 6.0
     """Divergence per RESPONSE (summed over its tokens, mean over responses) to hold; 6 nats in AlpacaFarm."""
-    initial: float = 0.02
+    initial: PositiveFloat = 0.02
     """Coefficient of the first iteration."""
-    rate: float = 0.1
+    rate: PositiveFloat = 0.1
     """Larger follows faster and oscillates; 0.1 in AlpacaFarm and Ziegler et al."""
-    limit: float = 0.2
+    limit: PositiveFloat = 0.2
     """Clip of the relative error; 0.2 in AlpacaFarm and Ziegler et al."""
 
     def __post_init__(self):
-        for name in ("target", "initial", "rate", "limit"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"coefficient: {name}={getattr(self, name)} of AdaptiveCoefficient must be positive.")
+        check_ranges(self)
 
     def next(self, coefficient: float, divergence: float) -> float:
         """The coefficient after an iteration whose responses had this divergence on average; NaN moves nothing."""
@@ -63,15 +63,14 @@ class DivergenceCallback(RolloutCallback):
     def __init__(
         self,
         divergence: Divergence = kl,
-        coefficient: float | AdaptiveCoefficient = 0.02,
+        coefficient: NonNegativeFloat | AdaptiveCoefficient = 0.02,
         also_log: list[Divergence] | None = None,
     ):
-        if isinstance(coefficient, int | float) and coefficient < 0:
-            raise UserError(f"DivergenceCallback: coefficient={coefficient} must not be negative.")
         self.divergence = divergence
         self.also_log = list(also_log or [])
         self.controller = coefficient if isinstance(coefficient, AdaptiveCoefficient) else None
         self.coefficient = self.controller.initial if self.controller else float(coefficient)  # type: ignore[arg-type]
+        check_ranges(self)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to be silently without effect."""
@@ -91,7 +90,7 @@ class DivergenceCallback(RolloutCallback):
         rows = total_number(len(rollout))
         per_response = float(total(values[_name(self.divergence)].sum()) / rows)
         metrics |= {"coefficient": self.coefficient, "penalty": self.coefficient * per_response}
-        policy.log_dict({f"{stage(trainer)}/{k}": float(v) for k, v in metrics.items()}, batch_size=int(rows))
+        policy.log_dict({f"{policy.stage}/{k}": float(v) for k, v in metrics.items()}, batch_size=int(rows))
         if self.controller and trainer.training:
             self.coefficient = self.controller.next(self.coefficient, per_response)
         return rewards - penalty

@@ -5,10 +5,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from lrlhf.config import check_ranges
 from lrlhf.distributed import total, total_number
-from lrlhf.errors import UserError
 from lrlhf.functional import last_true
 from lrlhf.modules.ppo_policy import PPOPolicy
 from lrlhf.modules.rollout_callback import RolloutCallback
@@ -22,10 +23,9 @@ class MissingEOSPenalty(RolloutCallback):
         penalty: in units of the score; 1.0 is usual. Larger makes the policy end sooner.
     """
 
-    def __init__(self, penalty: float = 1.0):
-        if penalty < 0:
-            raise UserError(f"MissingEOSPenalty: penalty={penalty} must not be negative.")
+    def __init__(self, penalty: NonNegativeFloat = 1.0):
         self.penalty = penalty
+        check_ranges(self)
 
     def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
         """A response ends if its last token is one of the policy's stop tokens."""
@@ -37,10 +37,9 @@ class MissingEOSPenalty(RolloutCallback):
 class RewardLimit(RolloutCallback):
     """Clip every reward to [-limit, limit]: an outlier of the reward model moves the policy no further than that."""
 
-    def __init__(self, limit: float = 5.0):
-        if limit <= 0:
-            raise UserError(f"RewardLimit: limit={limit} must be positive.")
+    def __init__(self, limit: PositiveFloat = 5.0):
         self.limit = limit
+        check_ranges(self)
 
     def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
         """Applied where it stands in the list of callbacks."""

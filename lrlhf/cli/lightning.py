@@ -1,10 +1,12 @@
 """LightningCLI with two links, one run folder, and one sentence for a config that cannot be used."""
 
 import re
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from inspect import getfile
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import yaml
@@ -16,8 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lrlhf.callbacks import PredictionWriter
-from lrlhf.cli.messages import one_sentence
-from lrlhf.cli.settings import check_configs
+from lrlhf.cli.messages import OneSentence, one_sentence
 from lrlhf.errors import UserError
 from lrlhf.modules.base import AlignmentModule
 from lrlhf.run.checkpoints import FOLDER, Checkpoints, is_whole, load, newest_checkpoint
@@ -25,12 +26,8 @@ from lrlhf.run.folder import clear, refuse_other_run
 from lrlhf.run.metrics_csv import MetricsFile
 
 
-class Parser(LightningArgumentParser):
-    """Ends with one sentence instead of a usage text and a nested report."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what jsonargparse would print."""
-        raise UserError(one_sentence(message)) from ex
+class Parser(OneSentence, LightningArgumentParser):
+    """Of a run's config."""
 
     def dump(self, cfg: Namespace, *arguments: Any, **options: Any) -> str:
         """What is printed or saved is what runs, the keys that are linked included."""
@@ -65,9 +62,8 @@ class SaveConfig(SaveConfigCallback):
 
 def class_of(model: Namespace) -> Any:
     """The class that a module's config names."""
-    from jsonargparse._util import import_object
-
-    return import_object(model.class_path)
+    module, _, name = model.class_path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def task_of(model: Namespace) -> str:
@@ -81,6 +77,20 @@ def link(parser: LightningArgumentParser) -> None:
     parser.link_arguments("model", "data.init_args.task", compute_fn=task_of)
 
 
+CLI: dict[str, Any] = {
+    "model_class": L.LightningModule,
+    "subclass_mode_model": True,
+    "save_config_callback": SaveConfig,
+    "save_config_kwargs": {"save_to_log_dir": False},
+    "trainer_defaults": {"max_epochs": 1, "use_distributed_sampler": False},
+    "auto_configure_optimizers": False,
+    "parser_class": Parser,
+}
+"""How LightningCLI is used here."""
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
 class NothingLeft(Exception):
     """The run in this folder is complete."""
 
@@ -92,7 +102,7 @@ class AlignmentCLI(LightningCLI):
     """
 
     def __init__(self, *arguments: Any, args: ArgsType = None, **options: Any):
-        self.command = args[0] if isinstance(args, list) and args else None
+        self.command = args[0] if isinstance(args, list) and args and args[0] in super().subcommands() else None
         super().__init__(*arguments, args=args, **options)  # type: ignore[misc]
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -107,7 +117,8 @@ class AlignmentCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """From a list of arguments, also when the process has others of its own."""
-        check_configs(args if isinstance(args, list) else [])
+        if self.command:
+            parser.inner = self._parser(self.command)  # type: ignore[attr-defined]
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
         config = self.config.get(str(self.command))
         if config and (path := config.get("ckpt_path")) and path not in ("best", "last", "hpc"):
@@ -181,7 +192,7 @@ class AlignmentCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 clear(run)
         elif config.get("ckpt_path") is None and (newest := self._newest(run)):
-            as_long, handed_over = refuse_other_run(self._values(), run), (run / "handover/manifest.json").is_file()
+            as_long, handed_over = refuse_other_run(self.values(), run), (run / "handover/manifest.json").is_file()
             if isinstance(self.model, AlignmentModule) and load(newest).get("complete") and as_long and handed_over:
                 raise NothingLeft(
                     f"{run}: complete already; raise trainer.max_epochs to go on, or start over with --fresh"
@@ -197,10 +208,10 @@ class AlignmentCLI(LightningCLI):
         last = run / FOLDER / "last.ckpt"
         return last if last.is_file() else None
 
-    def _values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """The resolved config as config.yaml would hold it."""
-        subcommand = str(self.subcommand)
-        return yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
+        config = self.config.get(str(self.subcommand), self.config)
+        return yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
 
     def _use_newest_checkpoint(self) -> None:
         """Evaluate the run's own newest checkpoint unless --ckpt_path names another."""
@@ -218,6 +229,30 @@ class AlignmentCLI(LightningCLI):
         config["ckpt_path"] = str(newest)
 
     before_validate = before_test = before_predict = _use_newest_checkpoint
+
+
+class ConfigCLI(AlignmentCLI):
+    """Reads a run's config, with options of a command's own beside it, and makes nothing."""
+
+    def __init__(self, command: str, add_options: Callable[[LightningArgumentParser], None], arguments: Sequence[str]):
+        self.add_options = add_options
+        names = {"prog": f"lrlhf {command}", "description": (add_options.__doc__ or "").strip()}
+        super().__init__(**CLI, run=False, parser_kwargs=names, args=list(arguments))
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of `fit`, and the command's."""
+        super().add_arguments_to_parser(parser)
+        parser.add_method_arguments(L.Trainer, "fit", skip=super().subcommands()["fit"])
+        self.add_options(parser)
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is made."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
 
 
 def _refuse_unfit(model: L.LightningModule, data: L.LightningDataModule | None, command: str) -> None:
@@ -249,26 +284,16 @@ def parse_config(path: Path) -> tuple[dict[str, Any], L.LightningModule, L.Light
     return values, built.model, built.data
 
 
-def run_stage(arguments: list[str], cli: type[AlignmentCLI] = AlignmentCLI) -> Any:
+def run_stage(arguments: list[str]) -> Any:
     """One LightningCLI command; returns the CLI, whose `trainer` and `model` have run, or None if nothing was left.
 
     Raises:
         UserError: a config, a setting or a row that cannot be used.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        return cli(
-            L.LightningModule,
-            subclass_mode_model=True,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={"max_epochs": 1, "use_distributed_sampler": False},
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-            args=arguments,
-        )
+        return AlignmentCLI(**CLI, args=arguments)
     except NothingLeft as done:
         print(done)
         return None
     except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_sentence(" ".join(str(error).split()))) from error

@@ -2,17 +2,48 @@
 
 import re
 import textwrap
+from collections.abc import Iterable
+from difflib import get_close_matches
 from itertools import takewhile
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from lrlhf.errors import UserError
 
 WORDING = (
-    (r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'.*", r"config key \1: there is no such key"),
-    (r"[Uu]nrecognized arguments: (--?[^\s=]+).*", r"unknown option \1; lrlhf COMMAND --help lists them"),
+    (
+        r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'(?: is not accepted)?( \(.*\))?",
+        r"config key \1: there is no such key\2",
+    ),
+    (r"Group '([\w.]+)' does not accept option '([^']+)'( \(.*\))?", r"config key \1.\2: there is no such key\3"),
+    (r"Not of type \w+: (\S+) does not conform to restriction v(.*)", r"expected a number \2, got \1"),
+    (r"Not of type \w+: (.*) does not match regular expression (.*)", r"expected \2, got \1"),
+    (r"Not of type \w+: does not conform to restriction v(.*)\. Got value: (.*)", r"expected a number \1, got \2"),
+    (
+        r"the following arguments are required: (?:\w+\.)?model",
+        r"config key model names no module, such as class_path: "
+        r"lrlhf.SFT; a first command is lrlhf fit --config configs/demo/sft.yaml",
+    ),
+    (
+        r"[Uu]nrecognized arguments: (--?[^\s=]+).*?( \(the .*\))?",
+        r"unknown option \1\2; lrlhf COMMAND --help lists them",
+    ),
     (r"[Uu]nrecognized arguments: (.*)", r"unexpected argument \1"),
     (r"(?:File does not exist|Path is not a file): '(.*)'", r"there is no config file \1"),
     (r"Problem with given class_path '(.*?)': (.*)", r"class_path \1 cannot be used (\2)"),
     (r"Type .* expects a function or a callable class: (.*)\. Got value: (.*)", r"\2 cannot be imported (\1)"),
     (r"Expected an? (.*)\. Got value: (.*)", r"expected \1, got \2"),
     (r"the following arguments are required: (.*)", r"\1 must be given"),
+    (
+        r"Automatic gradient clipping is not supported.*",
+        "trainer.gradient_clip_val does not apply here; set model.max_grad_norm instead",
+    ),
+    (
+        r"Automatic gradient accumulation is not supported.*",
+        "trainer.accumulate_grad_batches does not apply here; "
+        "data.batch_size is the whole batch and model.micro_batch_size what fits in memory",
+    ),
     (r"Import path does not correspond to a subclass of (\w+)", r"expected the class path of a \1"),
 )
 """What jsonargparse says, and what we say."""
@@ -24,6 +55,52 @@ TYPES = (
     (r"dot import path string: [^,\s]+", "an import path"),
 )
 """The same for the names of types, wherever they stand."""
+
+
+UNTELLING = r"Expected an? |Not a valid subclass|Not of type \w+: (int|float)\(\) argument"
+"""How objections begin that say no more than that a value is of another type."""
+
+
+class OneSentence:
+    """For parsers of jsonargparse: a UserError of one sentence instead of a usage text and a nested report."""
+
+    inner: ArgumentParser | None = None
+    """The parser of the one command, where there are commands; it knows the keys."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what jsonargparse would print, with the nearest key to one that does not exist."""
+        unknown = re.match(
+            r"(?:(?:Subcommand '\w+' does not accept o|O)ption '|[Uu]nrecognized arguments: --)([^\s'=]+)", message
+        )
+        grouped = re.match(r"Group '([\w.]+)' does not accept option '([^']+)'", message)
+        if unknown or grouped:
+            key = unknown[1] if unknown else f"{grouped[1]}.{grouped[2]}"  # type: ignore[index]
+            parser: Any = self.inner or self
+            message = message.rstrip(".") + _nearest(key, parser.get_defaults().keys())
+        raise UserError(one_sentence(message)) from ex
+
+
+class CommandParser(OneSentence, ArgumentParser):
+    """Of a command that is no stage of training: --config, --print_config and --help as everywhere."""
+
+    def __init__(self, command: str, description: str):
+        super().__init__(prog=f"lrlhf {command}", description=description)
+        self.add_argument("--config", action="config", help="YAML file of these options; several compose")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    """What the user may have meant, of the keys that a parser knows; as text in brackets, or nothing."""
+    known = [name.replace(".init_args", "") for name in known]
+    if same := [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]:
+        return f" (there is {same[0]})"
+    group = ""
+    for part in key.split("."):
+        names = sorted({name.removeprefix(group).split(".")[0] for name in known if name.startswith(group)})
+        if part not in names:
+            near = get_close_matches(part, names, 1)
+            return f" (the nearest is {near[0]})" if near else f" (there are {', '.join(names)})" if names else ""
+        group += f"{part}."
+    return ""
 
 
 def one_sentence(message: str) -> str:
@@ -49,9 +126,9 @@ def _reason(text: str) -> str:
     indent = len(header) - len(header.rstrip(" "))
     inside = takewhile(lambda line: line.startswith(" " * (indent + 1)), rest.splitlines())
     reasons = re.split(r"^- ", textwrap.dedent("\n".join(inside)), flags=re.MULTILINE)[1:]
-    telling = [reason for reason in reasons if not re.match("Expected an? |Not a valid subclass", reason)]
+    telling = [reason for reason in reasons if not re.match(UNTELLING, reason)]
     value = rest.splitlines()[-1].partition("Given value: ")[2]
-    if telling and telling[0].startswith("Type ") and "Got value" not in telling[0]:
+    if telling and telling[0].startswith(("Type ", "Not of type ")) and "Got value" not in telling[0]:
         return one_sentence(f"{telling[0].strip().rstrip('.')}. Got value: {value}")
     if telling:
         return one_sentence(telling[0])

@@ -5,6 +5,35 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from lrlhf.errors import UserError
+
+
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Say what is wrong with the files after --config before anything slow is imported.
+
+    Raises:
+        UserError: a file that is missing, is no YAML, or holds no keys.
+    """
+    for option, value in pairwise([word for argument in arguments for word in argument.split("=", 1)]):
+        path = Path(value).expanduser()
+        if option not in ("--config", "-c") or path.suffix not in (".yaml", ".yml"):
+            continue
+        if not path.is_file():
+            raise UserError(f"there is no config file {path}.")
+        try:
+            values = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())  # type: ignore
+            raise UserError(f"{path}: not valid YAML ({where}).") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected keys such as trainer, model and data, got {type(values).__name__}.")
 
 
 def fail(sentence: str) -> None:

@@ -11,21 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from jsonargparse.typing import PositiveInt, restricted_string_type
+from lightning.pytorch.cli import LightningArgumentParser
 
+from lrlhf.cli.lightning import ConfigCLI
 from lrlhf.errors import UserError
 from lrlhf.run.checkpoints import FOLDER, checkpoint_path, load, newest_checkpoint
 
-USAGE = """usage: lrlhf verify-resume --config FILE [--kill-at random|iteration:K] [--iterations N] [--folder DIR]
-                           [fit options]
-
-  --kill-at MOMENT     a random moment of the run (the default), or as soon as iteration K is saved
-  --iterations N       how many of the config's first iterations to run; 4 if not given
-  --folder DIR         keep both runs here; a temporary folder if not given
-
-All other options are those of lrlhf fit. Exit code 0: the killed run ended exactly as the uninterrupted one."""
-
 POLL = 0.01
 """Seconds between two looks at a running fit."""
+
+Moment = restricted_string_type("Moment", r"^(random|iteration:\d+)$")
+
+
+def add_options(parser: LightningArgumentParser) -> None:
+    """Prove on a config that a killed run ends exactly as an uninterrupted one: then the exit code is 0."""
+    parser.add_argument(
+        "--kill-at", type=Moment, default="random", help="random, or iteration:K: as soon as iteration K is saved"
+    )
+    parser.add_argument("--iterations", type=PositiveInt, default=4, help="of the config's first iterations, to run")
+    parser.add_argument("--folder", type=str | None, help="keep both runs here; a temporary folder if not given")
 
 
 def main(arguments: list[str]) -> None:
@@ -34,55 +40,30 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: a bad option, a fit that fails by itself, or a resumed run that differs.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    options, fit = _options(arguments)
+    values = ConfigCLI("verify-resume", add_options, arguments).values()
+    kill_at, iterations, kept = (values.pop(name) for name in ("kill_at", "iterations", "folder"))
+    if kill_at != "random" and not 0 < int(kill_at.removeprefix("iteration:")) < iterations:
+        raise UserError(f"verify-resume: --kill-at {kill_at} must lie before the last of --iterations.")
     with tempfile.TemporaryDirectory(prefix="lrlhf-verify-") as temporary:
-        folder = Path(options.get("folder", temporary)).expanduser()
-        whole, killed = folder / "uninterrupted", folder / "killed"
+        folder = Path(kept or temporary).expanduser()
+        whole, killed, config = folder / "uninterrupted", folder / "killed", folder / "config.yaml"
         if whole.exists() or killed.exists():
             raise UserError(f"{folder} holds an earlier verification; name another --folder.")
-        bound = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", options.get("iterations", "4")]
+        folder.mkdir(parents=True, exist_ok=True)
+        values["trainer"] |= {"max_epochs": 1, "limit_train_batches": iterations}
+        config.write_text(yaml.safe_dump(values))
         print("1/3  uninterrupted")
-        seconds = _fit([*fit, *bound], whole)
+        seconds = _fit(config, whole)
         print("2/3  killed")
-        _fit([*fit, *bound], killed, kill=_moment(options.get("kill-at", "random"), killed, seconds))
+        _fit(config, killed, kill=_moment(kill_at, killed, seconds))
         saved = newest_checkpoint(killed)
         print(f"     kill -9; newest checkpoint: {saved.name if saved else 'none, so the run begins again'}")
         print("3/3  resumed")
-        _fit([*fit, *bound], killed)
+        _fit(config, killed)
         differing, compared = differences(whole, killed)
     if differing:
         raise UserError(f"the resumed run differs in {len(differing)} of {compared} values, e.g. {differing[0]}.")
     print(f"equal, bit for bit: {compared} tensors and values of the last checkpoint, metrics.csv, samples.jsonl")
-
-
-def _options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    options: dict[str, str] = {}
-    rest = [part for argument in arguments for part in _split(argument)]
-    fit: list[str] = []
-    while rest:
-        name = rest.pop(0)
-        if name in ("--kill-at", "--iterations", "--folder"):
-            if not rest:
-                raise UserError(f"verify-resume: {name} needs a value.")
-            options[name[2:]] = rest.pop(0)
-        else:
-            fit.append(name)
-    if not options.get("iterations", "4").isdigit() or options.get("iterations") == "0":
-        raise UserError(f"verify-resume: --iterations {options['iterations']} must be a positive number.")
-    moment = options.get("kill-at", "random")
-    if moment != "random" and not (moment.startswith("iteration:") and moment[10:].isdigit()):
-        raise UserError(f"verify-resume: --kill-at {moment} must be random or iteration:K.")
-    if moment != "random" and not 0 < int(moment[10:]) < int(options.get("iterations", "4")):
-        raise UserError(f"verify-resume: --kill-at {moment} must lie before the last of --iterations.")
-    return options, fit
-
-
-def _split(argument: str) -> list[str]:
-    name, equals, value = argument.partition("=")
-    return [name, value] if equals and name in ("--kill-at", "--iterations", "--folder") else [argument]
 
 
 def _moment(kill_at: str, run: Path, seconds: tuple[float, float]) -> Callable[[float], bool]:
@@ -94,9 +75,9 @@ def _moment(kill_at: str, run: Path, seconds: tuple[float, float]) -> Callable[[
     return lambda elapsed: path.is_file()
 
 
-def _fit(arguments: list[str], run: Path, kill: Callable[[float], bool] | None = None) -> tuple[float, float]:
+def _fit(config: Path, run: Path, kill: Callable[[float], bool] | None = None) -> tuple[float, float]:
     """Launch a fit and wait; the seconds at which it began to train and ended. With `kill`, kill it then."""
-    command = [sys.executable, "-m", "lrlhf", "fit", *arguments, "--trainer.default_root_dir", str(run)]
+    command = [sys.executable, "-m", "lrlhf", "fit", "--config", str(config), "--trainer.default_root_dir", str(run)]
     start, began = time.monotonic(), 0.0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:

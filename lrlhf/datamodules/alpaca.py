@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from lrlhf.config import check_ranges
 from lrlhf.datamodules.collate import Tokenized, collate_preferences, collate_prompts, collate_sequences
 from lrlhf.datamodules.containers import BadRow
 from lrlhf.datamodules.formats import Reading, Row, read_rows
@@ -77,14 +79,14 @@ class AlpacaDataModule(L.LightningDataModule):
         splits: dict[str, int | None] | None = None,
         train_split: str | None = None,
         val_split: str | None = None,
-        batch_size: int = 128,
-        val_batch_size: int = 32,
-        max_prompt_tokens: int = 192,
-        max_response_tokens: int = 300,
-        limit: int | None = None,
-        val_limit: int | None = None,
+        batch_size: PositiveInt = 128,
+        val_batch_size: PositiveInt = 32,
+        max_prompt_tokens: PositiveInt = 192,
+        max_response_tokens: PositiveInt = 300,
+        limit: PositiveInt | None = None,
+        val_limit: PositiveInt | None = None,
         group_by_length: bool = True,
-        num_workers: int = 0,
+        num_workers: NonNegativeInt = 0,
         columns: dict[str, str] | None = None,
         encoding: str = "utf-8",
         verdicts: Literal["from_zero", "from_one"] | None = None,
@@ -93,8 +95,6 @@ class AlpacaDataModule(L.LightningDataModule):
         on_bad_row: Literal["stop", "skip"] = "stop",
     ):
         super().__init__()
-        if num_workers < 0:
-            raise UserError(f"data.num_workers={num_workers} must not be negative.")
         for name in filter(None, (train_split, val_split)):
             if name not in (splits or {}):
                 raise UserError(f"data: {name!r} is no key of data.splits, which has {sorted(splits or {})}.")
@@ -112,9 +112,7 @@ class AlpacaDataModule(L.LightningDataModule):
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.limit, self.val_limit = limit, val_limit
         self.group_by_length, self.num_workers = group_by_length, num_workers
-        for name in ("batch_size", "val_batch_size", "max_prompt_tokens", "max_response_tokens", "limit", "val_limit"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise UserError(f"data.{name}={number} must be at least 1.")
+        check_ranges(self)
         self.reading = Reading(columns or {}, encoding, verdicts, margin_from_scores, good_only)
         self.on_bad_row = on_bad_row
         self.rows: dict[str, list[Tokenized]] = {}

@@ -5,22 +5,14 @@ import re
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import LightningArgumentParser
 
-from lrlhf.cli.lightning import AlignmentCLI, class_of, run_stage
+from lrlhf.cli.lightning import ConfigCLI, class_of
 from lrlhf.errors import UserError
 from lrlhf.memory.job import Job
 from lrlhf.memory.measure import measure, small
 from lrlhf.memory.plan import FRAGMENTATION, GIB, RUNTIME, Plan, largest, remedies
 from lrlhf.modules.base import AlignmentModule
-
-USAGE = """usage: lrlhf plan --config FILE [--gpu-memory 24GB] [--four-models] [--measure] [fit options]
-
-  --gpu-memory SIZE   say whether the run fits a device of this size, and with which micro-batches (GB is 2^30 bytes)
-  --four-models       the paper's layout: policy, reference, reward model and critic each with a base of its own, all
-                      sharded over the devices; for comparison, lrlhf itself trains on one base
-  --measure           run one small iteration on this machine and print planned beside measured
-
-All other options are those of lrlhf fit. The earlier stages need not have run; no weight is read or downloaded."""
 
 KINDS = (
     "base",
@@ -36,17 +28,22 @@ KINDS = (
 )
 
 
-class Configuration(AlignmentCLI):
-    """A fit that ends when its config has been read."""
-
-    def _set_seed(self) -> None:
-        pass
-
-    def instantiate_classes(self) -> None:
-        """Make nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
+def add_options(parser: LightningArgumentParser) -> None:
+    """The memory that a run needs, from its config alone: no stage before need have run, no weight is read."""
+    parser.add_argument(
+        "--gpu-memory",
+        type=str | None,
+        help="say whether the run fits a device of this size, e.g. 24GB, and with which micro-batches",
+    )
+    parser.add_argument(
+        "--four-models",
+        action="store_true",
+        help="the paper's layout: policy, reference, reward model and critic each with a base of its own, all sharded "
+        "over the devices; for comparison, lrlhf itself trains on one base",
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="run one small iteration here and print planned beside measured"
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -55,40 +52,23 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: a bad option or config.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    words = [word for argument in arguments for word in _split(argument)]
-    flags = {name for name in ("--four-models", "--measure") if name in words}
-    words = [word for word in words if word not in flags]
-    memory = None
-    if "--gpu-memory" in words:
-        at = words.index("--gpu-memory")
-        memory = parse_size(words[at + 1] if at + 1 < len(words) else "")
-        del words[at : at + 2]
-    job = read(words, gpu=memory is not None, four_models="--four-models" in flags)
-    if "--measure" in flags:
-        print(compare(job))
-        return
-    print(describe(Plan(job), memory or _memory_here(job)))
-
-
-def _split(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--gpu-memory=") else [argument]
+    cli = ConfigCLI("plan", add_options, arguments)
+    memory = parse_size(cli.config.gpu_memory) if cli.config.gpu_memory else None
+    job = read(cli, gpu=memory is not None, four_models=cli.config.four_models)
+    print(compare(job) if cli.config.measure else describe(Plan(job), memory or _memory_here(job)))
 
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 80GB, 24GiB or 512MB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])i?B?", text.strip(), re.IGNORECASE)
     if not found or float(found[1]) == 0:
-        raise UserError(f"plan: --gpu-memory {text or 'needs a value'}: give a size such as 24GB.")
+        raise UserError(f"plan: --gpu-memory {text}: give a size such as 24GB.")
     return int(float(found[1]) * (GIB if found[2].upper() == "G" else 2**20))
 
 
-def read(arguments: list[str], *, gpu: bool = False, four_models: bool = False) -> Job:
+def read(cli: ConfigCLI, *, gpu: bool = False, four_models: bool = False) -> Job:
     """The job that a config describes; `gpu` is what accelerator `auto` means."""
-    cli = run_stage(["fit", *arguments], Configuration)
-    values, kind = cli._values(), class_of(cli.config.fit.model)
+    values, kind = cli.values(), class_of(cli.config.model)
     trainer, model, data = values["trainer"], values["model"], (values["data"] or {}).get("init_args", {})
     if kind is AlignmentModule or not issubclass(kind, AlignmentModule):
         raise UserError(f"plan: config key model: it plans modules of lrlhf, such as lrlhf.SFT, not {kind.__name__}.")
@@ -105,9 +85,7 @@ def read(arguments: list[str], *, gpu: bool = False, four_models: bool = False) 
     return Job(
         model={"class_path": model["class_path"], "init_args": settings},
         prompt_tokens=data["max_prompt_tokens"],
-        response_tokens=settings["sampling"]["max_new_tokens"]
-        if "minibatch_size" in settings
-        else data["max_response_tokens"],
+        response_tokens=settings["sampling"]["max_new_tokens"] if "ppo" in settings else data["max_response_tokens"],
         batch_size=data["batch_size"],
         devices=_devices(trainer["devices"]) * int(trainer.get("num_nodes") or 1),
         gather=_gather(trainer["strategy"]),
@@ -175,7 +153,7 @@ def _title(job: Job) -> str:
         f"{job.model['class_path'].rpartition('.')[2]}, {lora} on {job['base_model']} in {kind}, {devices}{sharded}\n"
         f"{job.batch_size} rows of up to {job.prompt_tokens} + {job.response_tokens} tokens, micro-batches of "
         f"{job['micro_batch_size']}"
-        + (f", {job['sampling.batch_size']} answered together" if "minibatch_size" in job.model["init_args"] else "")
+        + (f", {job['sampling.batch_size']} answered together" if "ppo" in job.model["init_args"] else "")
         + (", gradient checkpointing" if job["gradient_checkpointing"] else "")
     )
 

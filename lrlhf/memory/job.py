@@ -38,7 +38,7 @@ class Job:
     @property
     def minibatch_rows(self) -> int:
         """Rows of one optimizer step on one device."""
-        return -(-self["minibatch_size"] // self.devices) if "minibatch_size" in self.model["init_args"] else self.rows
+        return -(-self["ppo.minibatch_size"] // self.devices) if "ppo" in self.model["init_args"] else self.rows
 
     def __getitem__(self, key: str) -> Any:
         """A setting of the module by its key, dots for nested ones."""

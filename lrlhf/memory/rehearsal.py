@@ -75,43 +75,32 @@ class Base:
         return cls(whole, max(layers), whole - sum(layers), linear, len(layers), len(set(layers)) == 1)
 
 
-class Understudy(Backbone):
-    """Makes the roles that a run would load from a hand-over folder, with the LoRA settings of this config.
+@dataclass(frozen=True)
+class Planned(Handover):
+    """What a stage before has yet to hand over: a role as large as this config would make it."""
 
-    Args:
-        layers: how many layers of the base are kept; None keeps all.
-    """
+    def load(self, backbone: Backbone, role: str) -> None:
+        """Make the role anew."""
+        if not self.stack:
+            backbone.copies[role] = copy.deepcopy(backbone.model)
+        backbone.add_role(role, self.stack, head="random" if self.head else None)
 
-    whole: Base
-    """What the base consists of before layers are left out."""
-
-    def __init__(self, *arguments: Any, layers: int | None = None, **options: Any):
-        super().__init__(*arguments, **options)
-        self.whole = Base.of(self)
-        for module in self.model.modules() if layers else ():
-            if isinstance(module, nn.ModuleList) and isinstance(next(iter(module), None), GradientCheckpointingLayer):
-                del module[layers:]
-                text_config(self.model).num_hidden_layers = layers
-
-    def load_role(self, role: str, stack: tuple[str, ...], folder: Path, *, head: bool) -> None:
-        """As large as what a folder would hold."""
-        if not stack:
-            self.copies[role] = copy.deepcopy(self.model)
-        self.add_role(role, stack, head="random" if head else None)
+    def check(self, backbone: Backbone, tokenizer: str) -> None:
+        """It will fit."""
 
 
 def no_reward(prompts: list[str], responses: list[str]) -> Tensor:
-    """Scores of 0."""
+    """Scores of 0: what a reward function needs is not the engine's."""
     return torch.zeros(len(responses))
 
 
-def build(job: Job, device: torch.device, layers: int | None = None) -> AlignmentModule:
-    """The stage with its backbone and roles on a device; hand-over folders are taken as if they were there."""
+def build(job: Job) -> Any:
+    """The module of a stage, its hand-over folders taken as if they were there."""
     settings = copy.deepcopy(job.model)
     values = settings["init_args"]
     folders = {name: values.get(name) for name in ("sft", "reward_model") if name in values}
     values |= dict.fromkeys(folders)
-    if folders.get("reward_model"):
+    if "ppo" in values:
         values["reward_function"] = f"{__name__}.no_reward"
     module: Any = instantiate(settings)
     for name, folder in folders.items():
@@ -122,22 +111,27 @@ def build(job: Job, device: torch.device, layers: int | None = None) -> Alignmen
     above = (*below, "reward") if module.lora else ()
     stacks = {"sft": ("sft", below, False), "reward_model": ("reward", above, True)}
     module.parents = {
-        folder: Handover(Path(folder), *stacks[name], base_model=module.base_model, base="", tokenizer="", template="")
+        folder: Planned(Path(folder), *stacks[name], base_model=module.base_model, base="", tokenizer="", template=None)
         for name, folder in folders.items()
         if folder
     }
-    with device:
-        module.backbone = Understudy(
-            module.base_model,
-            lora=module.lora,
-            dtype=module.dtype_name,
-            quantize=module.quantize,
-            gradient_checkpointing=module.gradient_checkpointing,
-            layers=layers,
-        )
-        module.build_roles()
-    module.backbone.eval()
     return module
+
+
+class Mute:
+    """A tokenizer that says nothing, for reward functions that are not called."""
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        """No text."""
+        return ""
+
+
+def keep_layers(model: Any, count: int) -> None:
+    """Leave out all but the first layers of a model that has no adapters yet."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and isinstance(next(iter(module), None), GradientCheckpointingLayer):
+            del module[count:]
+            text_config(model).num_hidden_layers = count
 
 
 def instantiate(settings: dict[str, Any]) -> AlignmentModule:
@@ -165,9 +159,8 @@ def prompts(rows: int, job: Job) -> Prompts:
 def experience(rows: int, job: Job) -> Experience:
     """What a rollout of such rows would leave."""
     text = sequences(rows, job)
-    fields = {name: getattr(text, name) for name in Sequences.__slots__}
     tokens = {name: torch.zeros(rows, job.response_tokens) for name in ("logprobs", "values", "advantages", "returns")}
-    return Experience(**fields, **tokens, scores=torch.zeros(rows))
+    return Experience.of(text, **tokens, scores=torch.zeros(rows))
 
 
 def rehearse(job: Job) -> tuple[Bytes, Base]:
@@ -199,29 +192,35 @@ def _at_depth(layers: int, few: dict[str, int], one_more: dict[str, int]) -> dic
 
 
 def _rehearse(job: Job, layers: int | None) -> tuple[Moments, Base]:
-    module = build(job, torch.device("meta"), layers)
-    backbone: Any = module.backbone
+    module = build(job)
+    with torch.device("meta"):
+        backbone = module.backbone = module.make_backbone()
+        base = Base.of(backbone)
+        if layers:
+            keep_layers(backbone.model, layers)
+        module.build_roles()
+    backbone.eval()
     for model in (backbone.model, *backbone.copies.values()) if job.on_cpu else ():
         with_cpu_kernels(model)
     ledger = Ledger(vocabulary=text_config(backbone.model).vocab_size)
     with _as_on(job), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         _make_fake(backbone)
         moments = [(phase, {k: n for k, n in kinds.items() if n}) for phase, kinds in _moments(module, job, ledger)]
-    return moments, backbone.whole
+    return moments, base
 
 
-def _make_fake(backbone: Backbone) -> None:
+def _make_fake(model: nn.Module) -> None:
     """From the meta device, where autocast is unknown, to fake tensors."""
     fakes: dict[int, Any] = {}
-    for module in backbone.modules():
+    for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    kind = isinstance(tensor, nn.Parameter)
+                    fakes[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if kind else fake
                 if tensor is not None:
-                    fake = fakes.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype))
-                    if isinstance(tensor, nn.Parameter) and not isinstance(fake, nn.Parameter):
-                        fake = fakes[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    tensors[name] = fake
-    backbone._trainable = {role: [fakes[id(p)] for p in found] for role, found in backbone._trainable.items()}
+                    tensors[name] = fakes[id(tensor)]
 
 
 @contextmanager
@@ -327,11 +326,8 @@ def _score(module: Any, job: Job) -> None:
     """Log-probs, values and scores of one micro-batch of responses, and the reference's log-probs."""
     rows = min(module.micro_batch_size, job.rows)
     text = sequences(rows, job)
-    module.sample = lambda *_: (text.response_ids, text.response_mask)
-    if module.reward_function is not None:
-        module.score = lambda *_: torch.zeros(rows)
-    module.stop_ids = torch.tensor([0])
-    module.rollout(prompts(rows, job))
+    module.stop_ids, module.tokenizer = torch.tensor([0]), Mute()
+    module.evaluate(text, prompts(rows, job))
     module.logprobs(text, "reference")
     if job.over_vocabulary:
         module.divergences(text, [exact_kl])
@@ -346,6 +342,6 @@ def _losses(module: Any, job: Job) -> Iterator[Tensor]:
     with module.backbone.role(module.role):
         text = sequences(rows, job)
         if module.task == "sft":
-            yield module.negative_log_likelihood(text)
+            yield module.negative_log_likelihood(text).sum()
         else:
-            yield module.pair_loss(Preferences(text, text, torch.zeros(rows)))
+            yield module.pair_loss(Preferences(text, text, torch.zeros(rows))).sum()

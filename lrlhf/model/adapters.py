@@ -44,7 +44,7 @@ def peft_config(lora: LoRA, model: Any) -> LoraConfig:
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.r,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=targets,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),

@@ -89,12 +89,13 @@ class Backbone(nn.Module):
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.stacks: dict[str, tuple[str, ...]] = {}
-        self._trainable: dict[str, list[nn.Parameter]] = {}
+        self._trainable: dict[str, list[str]] = {}
+        """Names of the parameters that train in a role."""
         self._adapters = Adapters(self.model)
         self._role: str | None = None
         self.probe_logits: Tensor | None = self._probe()
-        self.lockstep = False
-        """Whether every pass is a message: the base is sharded, and processes must make equally many passes."""
+        self.synchronised = False
+        """Whether every pass is a collective: the base is sharded, and processes must make equally many passes."""
         self.gather: Gather = "rollout"
         self._recomputes = gradient_checkpointing
         if gradient_checkpointing:
@@ -137,7 +138,8 @@ class Backbone(nn.Module):
             parameters += list(self.heads[role].parameters()) if trainable else []
         self.stacks[role] = tuple(a for a in stack if a in self.adapters)
         if trainable:
-            self._trainable[role] = parameters
+            ids = {id(p) for p in parameters}
+            self._trainable[role] = [name for name, p in self.named_parameters() if id(p) in ids]
         self._activate(self._role)
 
     @contextmanager
@@ -159,9 +161,9 @@ class Backbone(nn.Module):
     def trainable(self, role: str | None = None) -> list[nn.Parameter]:
         """The parameters that train in a role, or in any role."""
         if role is not None:
-            return self._trainable.get(role, [])
-        unique = {id(p): p for parameters in self._trainable.values() for p in parameters}
-        return list(unique.values())
+            return [self.get_parameter(name) for name in self._trainable.get(role, ())]
+        names = dict.fromkeys(name for names in self._trainable.values() for name in names)
+        return [self.get_parameter(name) for name in names]
 
     def _activate(self, role: str | None, *, hold: bool = False) -> None:
         """At rest (None) no adapter is active and the parameters of every trainable role require gradients."""
@@ -237,7 +239,7 @@ class Backbone(nn.Module):
         if self.by_length:
             return ids, mask, position_ids(mask), own_cache(self._current())
         positions, cache = position_ids(mask), DynamicCache()
-        prefix = 0 if self.lockstep else self._worth_sharing(ids, mask)  # a pass more, which others may not make
+        prefix = 0 if self.synchronised else self._worth_sharing(ids, mask)  # a pass more, which others may not make
         if not prefix:
             return ids, mask, positions, cache
         cut = _first_column(mask) + prefix
@@ -337,7 +339,7 @@ class Backbone(nn.Module):
         def millions(parameters: Iterable[nn.Parameter]) -> str:
             return f"{sum(p.numel() for p in parameters) / 1e6:,.2f} M"
 
-        roles = " and ".join(f"{role} ({millions(found)})" for role, found in self._trainable.items())
+        roles = " and ".join(f"{role} ({millions(self.trainable(role))})" for role in self._trainable)
         still = ", ".join(role for role in self.stacks if role not in self._trainable)
         lora = f", LoRA of rank {self.lora.r} on {self._adapters.layers}" if self.lora and self.adapters else ""
         return (
@@ -385,10 +387,6 @@ class Backbone(nn.Module):
                 raise UserError(f"{path} is damaged or of another base; run its stage again.") from error
         self.stacks[role] = stack
         self._activate(self._role)
-
-    def copy_head(self, source: str, target: str) -> None:
-        """Start the head of `target` as a copy of the head of `source`."""
-        self.heads[target].load_state_dict(self.heads[source].state_dict())
 
     def export_adapter(self, role: str, folder: Path) -> None:
         """Write the stack of a role as ONE peft adapter, folder/adapter, of rank the sum of the stack's ranks."""

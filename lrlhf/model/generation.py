@@ -1,12 +1,12 @@
 """Sampling responses: a plain loop over a key-value cache, rows leaving when they have ended."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lrlhf import distributed
 from lrlhf.config import Sampling
 from lrlhf.functional import equally_long, response_mask
 from lrlhf.model.backbone import Backbone
@@ -33,6 +33,49 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
 
 
 @torch.no_grad()
+def respond(
+    backbone: Backbone,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    sampling: Sampling,
+    stop_ids: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Responses of the backbone's current role to this process's rows of a batch, `sampling.batch_size` at a time.
+
+    What is drawn depends on the generator and on the row's number in the batch over all processes, on nothing else.
+
+    Args:
+        backbone: inside `with backbone.role(...)`.
+        prompt_ids: [B, P] int64, left-padded; process i holds rows i, i + n, i + 2n, ... of n processes' batch.
+        prompt_mask: [B, P] bool.
+        sampling: temperature and limits.
+        stop_ids: [S] int64, the tokens that end a response.
+        generator: in the same state in all processes.
+
+    Returns:
+        response_ids [B, R] int64, 0 off the mask, and response_mask [B, R] bool, R <= max_new_tokens.
+    """
+    rows, world, size = len(prompt_ids), distributed.world_size(), sampling.batch_size
+    every = torch.rand(distributed.largest(rows) * world, sampling.max_new_tokens, generator=generator)
+    columns = (prompt_ids, prompt_mask, every[distributed.rank() :: world][:rows].to(prompt_ids.device))
+    pieces = list(zip(*(x.split(size) for x in columns), strict=True)) if rows else []
+    if backbone.synchronised:
+        blank = tuple(x.new_ones(1, x.shape[1]) for x in columns)
+        pieces += [blank] * distributed.missing_passes(len(pieces))
+    sampled = [
+        sample_responses(backbone, ids, mask, sampling=sampling, stop_ids=stop_ids, uniforms=uniforms)
+        for ids, mask, uniforms in pieces
+    ]
+    responses = [(ids, mask) for piece in sampled for ids, mask in zip(*piece, strict=True)][:rows]
+    if not responses:
+        return prompt_ids.new_zeros(0, 1), prompt_mask.new_zeros(0, 1)
+    ids, mask = (pad_sequence(list(x), batch_first=True) for x in zip(*responses, strict=True))
+    return ids, mask
+
+
+@torch.no_grad()
 def sample_responses(
     backbone: Backbone,
     prompt_ids: Tensor,
@@ -41,7 +84,6 @@ def sample_responses(
     sampling: Sampling,
     stop_ids: Tensor,
     uniforms: Tensor,
-    go_on: Callable[[bool], bool] = bool,
 ) -> tuple[Tensor, Tensor]:
     """Responses of the backbone's current role.
 
@@ -53,15 +95,12 @@ def sample_responses(
         stop_ids: [S] int64, the tokens that end a response.
         uniforms: [B, max_new_tokens] in [0, 1), all the randomness there is: a response depends on its own row alone,
             not on how the batch is cut or on when others end.
-        go_on: from whether a row here is still to end to whether another token is drawn: processes that must run
-            equally many passes go on together.
 
     Returns:
         response_ids [B, R] int64, 0 off the mask, and response_mask [B, R] bool, R <= max_new_tokens.
     """
     if backbone.by_length and not prompt_mask.all():
-        settings = {"sampling": sampling, "stop_ids": stop_ids, "go_on": go_on}
-        return _by_length(backbone, prompt_ids, prompt_mask, uniforms, settings)
+        return _by_length(backbone, prompt_ids, prompt_mask, sampling=sampling, stop_ids=stop_ids, uniforms=uniforms)
     rows, device = len(prompt_ids), prompt_ids.device
     tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
     active = torch.arange(rows, device=device)
@@ -72,9 +111,10 @@ def sample_responses(
         chosen = choose(logits, uniforms[active, step], sampling)
         tokens[active[alive], step] = chosen[alive]
         alive = alive & ~torch.isin(chosen, stop_ids)
-        if not go_on(bool(alive.any())):
+        unfinished = bool(alive.any())
+        if not (distributed.any_process(unfinished) if backbone.synchronised else unfinished):
             break
-        if alive.sum() <= 0.75 * len(alive) and alive.any() and not backbone.by_length:
+        if unfinished and alive.sum() <= 0.75 * len(alive) and not backbone.by_length:
             keep = alive.nonzero().squeeze(-1)
             cache.batch_select_indices(keep)
             active, chosen, mask, positions, alive = (x[keep] for x in (active, chosen, mask, positions, alive))
@@ -86,15 +126,15 @@ def sample_responses(
 
 
 def _by_length(
-    backbone: Backbone, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, settings: dict[str, Any]
+    backbone: Backbone, prompt_ids: Tensor, prompt_mask: Tensor, *, uniforms: Tensor, **settings: Any
 ) -> tuple[Tensor, Tensor]:
     """As `sample_responses`: prompts of equal length together, so that none is padded."""
-    rows, pieces = equally_long(prompt_mask), []
-    for i in rows:
-        length = int(prompt_mask[i[0]].sum())
-        ids, mask = (x[i][:, -length:] for x in (prompt_ids, prompt_mask))
-        pieces.append(sample_responses(backbone, ids, mask, uniforms=uniforms[i], **settings))
-    order = torch.cat(rows).argsort().tolist()
+    groups, pieces = equally_long(prompt_mask), []
+    for rows in groups:
+        length = int(prompt_mask[rows[0]].sum())
+        ids, mask = (x[rows][:, -length:] for x in (prompt_ids, prompt_mask))
+        pieces.append(sample_responses(backbone, ids, mask, uniforms=uniforms[rows], **settings))
+    order = torch.cat(groups).argsort().tolist()
     columns = ([row for piece in pieces for row in piece[which]] for which in (0, 1))
     ids, mask = (pad_sequence([column[i] for i in order], batch_first=True) for column in columns)
     return ids, mask

@@ -73,7 +73,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
     fully_shard(backbone, mesh=mesh, ignored_params=whole)
     for method in ("encode", "scores", "prefill", "next_token_logits", "plain_logits", "drift_of_base"):
         register_fsdp_forward_method(backbone, method)
-    backbone.gather, backbone.lockstep = gather, True
+    backbone.gather, backbone.synchronised = gather, True
 
 
 @contextmanager
@@ -82,18 +82,18 @@ def gathered(backbone: Backbone, *, always: bool = False) -> Iterator[None]:
 
     Does nothing for a base that is not sharded, or, unless `always`, with `gather: layer`.
     """
-    if not backbone.lockstep or (backbone.gather == "layer" and not always):
+    if not backbone.synchronised or (backbone.gather == "layer" and not always):
         yield
         return
     sharded = [module for module in backbone.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
-    backbone.lockstep = False
+    backbone.synchronised = False
     try:
         yield
     finally:
         for module in sharded:
             module.set_reshard_after_forward(module is not backbone, recurse=False)
             module.reshard()
-        backbone.lockstep = True
+        backbone.synchronised = True

@@ -1,7 +1,7 @@
 """What the three stages share: build the roles, optimise, save only what trains, hand over."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -9,25 +9,31 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torchmetrics import Metric
 from transformers import get_scheduler
 
 from lrlhf import distributed
-from lrlhf.config import DType, LoRA, Quantization, Sampling, Schedule
+from lrlhf.config import DType, LoRA, Quantization, Sampling, Schedule, check_ranges
 from lrlhf.errors import UserError
 from lrlhf.functional.randomness import generator
 from lrlhf.model.backbone import Backbone
-from lrlhf.model.generation import sample_responses
+from lrlhf.model.generation import respond
 from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
 from lrlhf.model.quantization import refuse_paged
 from lrlhf.model.sharding import FSDP2Strategy, gathered, shard
 from lrlhf.modules.self_check import check_passes, rounding, unequal_rows
+from lrlhf.run.checkpoints import refuse_other
 from lrlhf.run.handover import Handover
 from lrlhf.types import Preferences, Prompts, Sequences
+
+MARK = "lrlhf: "
+ROLLOUT, SCORE, UPDATE = (MARK + phase for phase in ("rollout", "score", "update"))
+"""Spans that a profiler sees: what an iteration spends its time and memory on."""
 
 
 class AlignmentModule(L.LightningModule):
@@ -65,11 +71,11 @@ class AlignmentModule(L.LightningModule):
         dtype: DType = "float32",
         quantize: Quantization | None = None,
         gradient_checkpointing: bool = False,
-        micro_batch_size: int = 16,
+        micro_batch_size: PositiveInt = 16,
         sampling: Sampling = Sampling(),
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, eps=1e-5, weight_decay=0.0),
         schedule: Schedule = Schedule(),
-        max_grad_norm: float = 1.0,
+        max_grad_norm: PositiveFloat = 1.0,
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ):
         super().__init__()
@@ -80,16 +86,13 @@ class AlignmentModule(L.LightningModule):
         self.gradient_checkpointing, self.micro_batch_size = gradient_checkpointing, micro_batch_size
         self.sampling, self.optimizer, self.schedule = sampling, optimizer, schedule
         self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
-        if micro_batch_size < 1:
-            raise UserError(f"model.micro_batch_size={micro_batch_size} must be at least 1.")
+        check_ranges(self)
         if lora is None and dtype != "float32":
             raise UserError(f"model.dtype={dtype} with lora: null would train in {dtype}; set dtype: float32.")
         if lora is None and quantize is not None:
             raise UserError(
                 "model.quantize with lora: null would train a quantised model; set lora, or quantize: null."
             )
-        if max_grad_norm <= 0:
-            raise UserError(f"model.max_grad_norm={max_grad_norm} must be positive.")
         self.seed = 0
         self.parents = {folder: Handover.read(folder) for folder in self.handover_folders()}
         self.iteration = 0
@@ -106,18 +109,22 @@ class AlignmentModule(L.LightningModule):
         """Define the roles on `self.backbone`."""
         raise NotImplementedError
 
-    def configure_model(self) -> None:
-        """Load the base once, then the roles; Lightning calls it before fit, validate, test and predict."""
-        if "backbone" in self._modules:
-            return
-        self.tokenizer = load_tokenizer(self.base_model)
-        self.backbone = Backbone(
+    def make_backbone(self) -> Backbone:
+        """The base, without roles. Override it to load a base in another way."""
+        return Backbone(
             self.base_model,
             lora=self.lora,
             dtype=self.dtype_name,
             quantize=self.quantize,
             gradient_checkpointing=self.gradient_checkpointing,
         )
+
+    def configure_model(self) -> None:
+        """Load the base once, then the roles; Lightning calls it before fit, validate, test and predict."""
+        if "backbone" in self._modules:
+            return
+        self.tokenizer = load_tokenizer(self.base_model)
+        self.backbone = self.make_backbone()
         end_id = getattr(self._template, "end_id", lambda tokenizer: tokenizer.eos_token_id)
         end = end_id(self.tokenizer)
         self.stop_ids = torch.tensor(stop_tokens(self.tokenizer, self.backbone.model, end, self.sampling.stop))
@@ -140,38 +147,34 @@ class AlignmentModule(L.LightningModule):
                 f"model.sft={self.sft}: adapters and full models cannot be stacked; after full fine-tuning set "
                 f"model.base_model: {sft.folder / 'model'} and model.sft: null."
             )
-        self.backbone.load_role("reference", sft.stack, sft.folder, head=False)
+        sft.load(self.backbone, "reference")
         return sft.stack
 
-    def configure_callbacks(self) -> list[L.Callback]:
-        """Add none: it is the one hook before Lightning refuses two flags without telling what to set instead."""
-        trainer = self.trainer
-        if trainer.gradient_clip_val is not None:
-            raise UserError("trainer.gradient_clip_val does not apply here; set model.max_grad_norm instead.")
-        if trainer.accumulate_grad_batches != 1:
-            raise UserError(
-                "trainer.accumulate_grad_batches does not apply here; data.batch_size is the whole batch and "
-                "model.micro_batch_size what fits in memory."
-            )
+    def setup(self, stage: str) -> None:
+        """Take the run's seed: what is sampled depends on it and on where in the run it happens, on nothing else.
+
+        Raises:
+            UserError: a trainer that would train this module wrongly, or whose settings would be without effect.
+        """
+        self._refuse_trainer(self.trainer)
+        self.seed = distributed.gather_objects(torch.initial_seed())[0] % 2**31
+
+    def _refuse_trainer(self, trainer: L.Trainer) -> None:
+        strategy = trainer.strategy
         if trainer.precision != "32-true":
             raise UserError(f"trainer.precision={trainer.precision} does not apply here; set model.dtype instead.")
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
             raise UserError(
-                f"trainer.strategy: {type(trainer.strategy).__name__} wraps the whole module, which trains wrongly "
-                "with manual optimization; use ddp or fsdp2."
+                f"trainer.strategy: {type(strategy).__name__} wraps the whole module, which trains wrongly with manual "
+                "optimization; use ddp or fsdp2."
             )
-        if self.quantize is not None and isinstance(trainer.strategy, FSDP2Strategy):
+        if isinstance(strategy, FSDP2Strategy) and self.quantize is not None:
             raise UserError(
                 f"FSDP does not shard a base in {self.quantize.kind} here; use ddp, where each device holds it whole "
                 "(7B in 4 bits: 4 GB), or model.quantize: null."
             )
-        if self.lora is None and isinstance(trainer.strategy, FSDP2Strategy):
+        if isinstance(strategy, FSDP2Strategy) and self.lora is None:
             raise UserError("FSDP shards the frozen base, and with model.lora: null nothing is frozen; use ddp.")
-        return []
-
-    def setup(self, stage: str) -> None:
-        """Take the run's seed: what is sampled depends on it and on where in the run it happens, on nothing else."""
-        self.seed = distributed.gather_objects(torch.initial_seed())[0] % 2**31
 
     def on_fit_start(self) -> None:
         """Check that the data speaks the parents' template, and begin with equal weights in all processes."""
@@ -239,7 +242,7 @@ class AlignmentModule(L.LightningModule):
         schedule = get_scheduler(self.schedule.name, optimizer, self.schedule.warmup, int(total))
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def descend(self, losses: Iterable[Tensor]) -> dict[str, float]:
+    def optimization_step(self, losses: Iterable[Tensor]) -> dict[str, float]:
         """One optimizer step on the sum of the losses, each backpropagated as soon as it is made.
 
         Returns:
@@ -291,58 +294,87 @@ class AlignmentModule(L.LightningModule):
         self.log_dict({f"train/{k}": v for k, v in metrics.items()})
         self.iteration += 1
 
+    # Evaluate
+
+    @property
+    def stage(self) -> str:
+        """Before the names of what is logged: train, val or test."""
+        return "train" if self.trainer.training else "test" if self.trainer.testing else "val"
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset here: a metric that was reset in the inference mode of `validate` could not be updated in `fit`."""
+        for metric in self.children():
+            if isinstance(metric, Metric):
+                metric.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_end()
+
+    # Passes over a batch
+
+    def micro_batches(self, batch: Any) -> Iterator[tuple[Tensor, Any]]:
+        """Pieces of at most `micro_batch_size` rows of a batch, each with the index [N] int64 of its rows.
+
+        Over a sharded base every process must make equally many passes: one with fewer pieces than another ends with
+        pieces of one blank row, whose index is empty.
+        """
+        missing = 0
+        if self.backbone.synchronised:
+            missing = distributed.missing_passes(-(-len(batch) // self.micro_batch_size))
+        yield from batch.micro_batches(self.micro_batch_size)
+        for _ in range(missing):
+            yield torch.zeros(0, dtype=torch.long), batch.blank()
+
+    def losses_of(self, batch: Any, loss: Callable[[Any], Tensor]) -> Iterator[Tensor]:
+        """The loss of each micro-batch, a scalar; blank rows weigh nothing."""
+        for index, piece in self.micro_batches(batch):
+            yield loss(piece) if len(index) else 0 * loss(piece)
+
+    def per_row(self, batch: Any, shape: Sequence[int], compute: Callable[[Any], Tensor]) -> Tensor:
+        """What `compute` says of each row of a batch, micro-batch by micro-batch.
+
+        Args:
+            batch: of B rows.
+            shape: of the result, B first.
+            compute: from N rows to a tensor [N, ...], whose other axes may be shorter than those of `shape`.
+
+        Returns:
+            fp32 [B, ...], 0 where no micro-batch reached.
+        """
+        result = torch.zeros(*shape, device=self.device)
+        for index, piece in self.micro_batches(batch):
+            values = compute(piece)
+            if len(index):
+                place: Any = (index, *(slice(size) for size in values.shape[1:]))
+                result[place] = values
+        return result
+
     # Sample
 
+    @torch.no_grad()
     def sample(self, prompts: Prompts, role: str, *place: int | str) -> tuple[Tensor, Tensor]:
         """Responses of a role: ids and mask [B, R].
 
         The draws depend on the seed, `place` and the row's number in the batch over all processes, on nothing else.
         """
-        rows, size = len(prompts), self.sampling.batch_size
-        world = distributed.world_size()
-        every = torch.rand(
-            distributed.largest(rows) * world, self.sampling.max_new_tokens, generator=generator(*self._seeded(place))
-        )
-        columns = (prompts.prompt_ids, prompts.prompt_mask, every[distributed.rank() :: world][:rows].to(self.device))
-        pieces = list(zip(*(x.split(size) for x in columns), strict=True)) if rows else []
-        pieces += [tuple(x.new_ones(1, x.shape[1]) for x in columns)] * self.missing_passes(rows, size)
         with self.backbone.role(role):
-            sampled = [
-                sample_responses(
-                    self.backbone,
-                    ids,
-                    mask,
-                    sampling=self.sampling,
-                    stop_ids=self.stop_ids.to(self.device),
-                    uniforms=uniforms,
-                    go_on=distributed.any_process if self.backbone.lockstep else bool,
-                )
-                for ids, mask, uniforms in pieces
-            ]
-        none = torch.zeros(0, 1, dtype=torch.long, device=self.device)
-        responses = [(ids, mask) for piece in sampled for ids, mask in zip(*piece, strict=True)][:rows]
-        if not responses:
-            return none, none.bool()
-        ids, mask = (pad_sequence(list(x), batch_first=True) for x in zip(*responses, strict=True))
-        return ids, mask
-
-    def missing_passes(self, rows: int, size: int) -> int:
-        """How many more passes another process makes over its rows of a batch; 0 unless passes are messages."""
-        passes = -(-rows // size)
-        return distributed.largest(passes) - passes if self.backbone.lockstep else 0
-
-    def micro_batches(self, batch: Any) -> Iterator[tuple[Tensor, Any]]:
-        """The pieces of a batch, each with the index [N] of its rows; as many as in every other process, if it matters.
-
-        Those to fill up are one blank row with an empty index.
-        """
-        missing = self.missing_passes(len(batch), self.micro_batch_size)
-        yield from batch.micro_batches(self.micro_batch_size)
-        for _ in range(missing):
-            yield torch.zeros(0, dtype=torch.long), batch.blank()
-
-    def _seeded(self, place: tuple[int | str, ...]) -> tuple:
-        return self.seed, "sampling", *place
+            return respond(
+                self.backbone,
+                prompts.prompt_ids,
+                prompts.prompt_mask,
+                sampling=self.sampling,
+                stop_ids=self.stop_ids.to(self.device),
+                generator=generator(self.seed, "sampling", *place),
+            )
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, str]]:
         """AlpacaEval rows: instruction, output, generator, dataset."""
@@ -358,10 +390,10 @@ class AlignmentModule(L.LightningModule):
 
     # Save
 
-    def trainable_names(self) -> set[str]:
-        """Names of the tensors that train, as they stand in a checkpoint."""
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that train, by their names in a checkpoint."""
         ids = {id(p) for p in self.backbone.trainable()}
-        return {name for name, p in self.named_parameters() if id(p) in ids}
+        return {name: p for name, p in self.named_parameters() if id(p) in ids}
 
     def identity(self) -> dict[str, Any]:
         """What is not in a checkpoint and must be the same where it is loaded."""
@@ -375,31 +407,15 @@ class AlignmentModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, the counts and the seed, and the identity of the rest."""
-        names = self.trainable_names()
+        names = self.trained()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
         counts = {"iteration": self.iteration, "skipped": self.skipped, "seed": self.seed}
         checkpoint["lrlhf"] = counts | self.identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of something else, naming what differs."""
-        there = checkpoint.get("lrlhf")
-        if there is None:
-            raise UserError("this checkpoint was not written by lrlhf.")
-        for what, here in self.identity().items():
-            if there.get(what) != here:
-                raise UserError(
-                    f"this checkpoint has another {what} ({_differing(there.get(what), here)}); go on with the "
-                    "settings that the run started with."
-                )
-        names = self.trainable_names()
-        ours = {name: p.shape for name, p in self.named_parameters() if name in names}
-        theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
-        differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
-        if differing:
-            raise UserError(
-                f"this checkpoint does not hold the {len(ours)} tensors that train here: {len(differing)} differ in "
-                f"name or shape, e.g. {differing[0]}; go on with the settings that the run started with."
-            )
+        """Take up the counts again; refuse a checkpoint of something else, naming what differs."""
+        refuse_other(checkpoint, self.identity(), self.trained())
+        there = checkpoint["lrlhf"]
         self.iteration, self.skipped = there["iteration"], there["skipped"]
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.seed = there["seed"]
@@ -441,11 +457,3 @@ class AlignmentModule(L.LightningModule):
                         "this and start the same command (lrlhf fit --config ...) again, which writes the folder alone."
                     ) from error
         rank_zero_info(f"Handed over the {self.role} role in {folder}")
-
-
-def _differing(there: Any, here: Any) -> str:
-    """The entries that differ, or the values."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = [key for key in there | here if there.get(key) != here.get(key)]
-        return ", ".join(f"{key}: {there.get(key)}, here {here.get(key)}" for key in keys)
-    return f"{there}, here {here}"

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
+from lrlhf.config import PPO
 from lrlhf.distributed import any_process, rank, total, total_number, world_size
 from lrlhf.errors import UserError
 from lrlhf.functional import (
@@ -41,7 +43,7 @@ from lrlhf.functional.logprobs import TokenStatistics
 from lrlhf.functional.randomness import generator
 from lrlhf.metrics import Means, explained_variance
 from lrlhf.model.sharding import gathered
-from lrlhf.modules.base import AlignmentModule
+from lrlhf.modules.base import ROLLOUT, SCORE, UPDATE, AlignmentModule
 from lrlhf.modules.rollout_callback import RolloutCallback
 from lrlhf.modules.self_check import (
     check_base,
@@ -65,18 +67,7 @@ class PPOPolicy(AlignmentModule):
     Args:
         reward_model: hand-over folder of a RewardModel run.
         reward_function: scores (prompts, responses) as texts to [B], by import path; instead of a reward model.
-        minibatch_size: responses of one optimizer step; divides data.batch_size. 128 in the paper.
-        inner_epochs: passes over each rollout; 2 in the paper. More learns faster and drifts further.
-        clip_range: PPO's clip of the ratio; 0.2 in the paper.
-        value_clip_range: clip of the critic's move per rollout; 0.2 in the paper.
-        value_coefficient: weight of the value loss; 0.1 in the paper.
-        entropy_coefficient: bonus for entropy; 0 in the paper.
-        discount: gamma of GAE; 1 in the paper.
-        trace_decay: lambda of GAE; 0.95 in the paper, 1.0 in AlpacaFarm.
-        whiten_rewards: scale rewards to unit variance, keeping their mean, as in the paper.
-        target_update_kl: stop the inner epochs when the new policy is further than this from the one that sampled (KL
-            per token); None never stops. 0.02 to 0.1 is usual.
-        critic_warmup: iterations in which only the critic learns.
+        ppo: how the policy learns from a rollout.
         kwargs: see AlignmentModule.
     """
 
@@ -87,43 +78,14 @@ class PPOPolicy(AlignmentModule):
         self,
         reward_model: str | None = None,
         reward_function: RewardFunction | None = None,
-        minibatch_size: int = 128,
-        inner_epochs: int = 2,
-        clip_range: float = 0.2,
-        value_clip_range: float = 0.2,
-        value_coefficient: float = 0.1,
-        entropy_coefficient: float = 0.0,
-        discount: float = 1.0,
-        trace_decay: float = 0.95,
-        whiten_rewards: bool = True,
-        target_update_kl: float | None = None,
-        critic_warmup: int = 0,
+        ppo: PPO = PPO(),
         **kwargs: Any,
     ):
+        if (reward_model is None) == (reward_function is None):
+            raise UserError("PPO needs one source of reward: set model.reward_model or model.reward_function.")
         self.reward_model, self.reward_function = reward_model, reward_function
         super().__init__(**kwargs)
-        self.minibatch_size, self.inner_epochs = minibatch_size, inner_epochs
-        self.clip_range, self.value_clip_range = clip_range, value_clip_range
-        self.value_coefficient, self.entropy_coefficient = value_coefficient, entropy_coefficient
-        self.discount, self.trace_decay, self.whiten_rewards = discount, trace_decay, whiten_rewards
-        self.target_update_kl, self.critic_warmup = target_update_kl, critic_warmup
-        self._refuse_bad_settings()
-
-    def _refuse_bad_settings(self) -> None:
-        if (self.reward_model is None) == (self.reward_function is None):
-            raise UserError("PPO needs one source of reward: set model.reward_model or model.reward_function.")
-        for name in ("minibatch_size", "inner_epochs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
-        for name in ("clip_range", "value_clip_range"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"model.{name}={getattr(self, name)} must be positive.")
-        for name in ("discount", "trace_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must lie in [0, 1].")
-        for name in ("value_coefficient", "entropy_coefficient", "critic_warmup"):
-            if getattr(self, name) < 0:
-                raise UserError(f"model.{name}={getattr(self, name)} must not be negative.")
+        self.ppo = ppo
 
     # Build
 
@@ -138,7 +100,7 @@ class PPOPolicy(AlignmentModule):
         if self.reward_model is not None:
             reward = self.parents[self.reward_model]
             self._check_reward(reward, below)
-            self.backbone.load_role("reward", reward.stack, reward.folder, head=True)
+            reward.load(self.backbone, "reward")
             under_critic = reward.stack
         self.backbone.add_role("reference", below)
         self.backbone.add_role("policy", (*below, "policy"), trainable=True)
@@ -172,12 +134,11 @@ class PPOPolicy(AlignmentModule):
                 "bound the run by trainer.limit_train_batches and trainer.max_epochs."
             )
         batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
-        if batch_size and batch_size % self.minibatch_size:
-            raise UserError(f"model.minibatch_size={self.minibatch_size} does not divide data.batch_size={batch_size}.")
-        if self.minibatch_size % world_size():
-            raise UserError(
-                f"model.minibatch_size={self.minibatch_size} does not divide among {world_size()} processes."
-            )
+        size = self.ppo.minibatch_size
+        if batch_size and batch_size % size:
+            raise UserError(f"model.ppo.minibatch_size={size} does not divide data.batch_size={batch_size}.")
+        if size % world_size():
+            raise UserError(f"model.ppo.minibatch_size={size} does not divide among {world_size()} processes.")
 
     def self_check(self, batch: Prompts) -> None:
         """Everything is what it claims to be: base, roles, reward model, passes, update, and at step 0 the policy."""
@@ -202,18 +163,23 @@ class PPOPolicy(AlignmentModule):
             rollout = self.rollout(batch, "train", self.iteration)
             rewards = self.shape_rewards(rollout)
         experience = self.estimate_advantages(rollout, rewards)
-        self.optimize(experience)
+        with record_function(UPDATE):
+            self.optimize(experience)
 
-    @torch.no_grad()
     def rollout(self, batch: Prompts, *place: int | str) -> Rollout:
         """Sample one response per prompt; its log-probs, values and score."""
-        sequences = Sequences(batch.prompt_ids, batch.prompt_mask, *self.sample(batch, "policy", *place))
+        with record_function(ROLLOUT):
+            responses = self.sample(batch, "policy", *place)
+        with record_function(SCORE):
+            return self.evaluate(Sequences(batch.prompt_ids, batch.prompt_mask, *responses), batch)
+
+    @torch.no_grad()
+    def evaluate(self, sequences: Sequences, batch: Prompts) -> Rollout:
+        """Log-probs of the policy, values of the critic and scores of responses."""
         logprobs = self.logprobs(sequences, "policy")
         with self.backbone.role("critic"):
-            values = self._per_token(sequences, self._values)
-        scores = self.score(sequences, batch)
-        fields = {name: getattr(sequences, name) for name in Sequences.__slots__}
-        return Rollout(**fields, logprobs=logprobs, values=values, scores=scores)
+            values = self.per_row(sequences, sequences.response_mask.shape, self._values)
+        return Rollout.of(sequences, logprobs=logprobs, values=values, scores=self.score(sequences, batch))
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
         """Rewards [B, R]: the score on the last token, then folded over the callbacks in their order."""
@@ -231,26 +197,25 @@ class PPOPolicy(AlignmentModule):
     def estimate_advantages(self, rollout: Rollout, rewards: Tensor) -> Experience:
         """Whiten rewards in scale, GAE, whiten advantages."""
         mask = rollout.response_mask
-        scaled = whiten(rewards, mask, center=False, total=total) if self.whiten_rewards else rewards
+        scaled = whiten(rewards, mask, center=False, total=total) if self.ppo.whiten_rewards else rewards
         advantages, returns = generalized_advantages(
-            scaled, rollout.values, mask, discount=self.discount, trace_decay=self.trace_decay
+            scaled, rollout.values, mask, discount=self.ppo.discount, trace_decay=self.ppo.trace_decay
         )
-        fields = {name: getattr(rollout, name) for name in (*Sequences.__slots__, *Rollout.__slots__)}
-        return Experience(**fields, advantages=whiten(advantages, mask, total=total), returns=returns)
+        return Experience.of(rollout, advantages=whiten(advantages, mask, total=total), returns=returns)
 
     def optimize(self, experience: Experience) -> None:
         """Inner epochs of minibatches, until the update is too far from the policy that sampled."""
         means, stopped = Means(), False
-        for epoch in range(self.inner_epochs):
+        for epoch in range(self.ppo.inner_epochs):
             order = generator(self.seed, "minibatches", self.iteration, epoch)
-            for minibatch in experience.minibatches(self.minibatch_size, order, rank(), world_size()):
+            for minibatch in experience.minibatches(self.ppo.minibatch_size, order, rank(), world_size()):
                 step = Means()
                 with self.backbone.training_pass(dropout=False):
-                    metrics = self.descend(self.losses(minibatch, step, means))
+                    metrics = self.optimization_step(self.losses(minibatch, step, means))
                 for name, value in metrics.items():
                     means.add(name, torch.tensor([value]))
                 update_kl = step.compute().get("update_kl", 0.0)
-                stopped = self.target_update_kl is not None and update_kl > self.target_update_kl
+                stopped = self.ppo.target_update_kl is not None and update_kl > self.ppo.target_update_kl
                 if stopped:
                     break
             if stopped:
@@ -260,31 +225,32 @@ class PPOPolicy(AlignmentModule):
     def losses(self, minibatch: Experience, *means: Means) -> Iterator[Tensor]:
         """The losses of one optimizer step, micro-batch by micro-batch, each in its role."""
         tokens = total(minibatch.response_mask.sum())
-        if self.iteration >= self.critic_warmup:
+        if self.iteration >= self.ppo.critic_warmup:
             with self.backbone.role("policy"):
-                for _, piece in self.micro_batches(minibatch):
-                    yield self.policy_objective(piece, *means).sum() / tokens
+                yield from self.losses_of(minibatch, lambda piece: self.policy_objective(piece, *means).sum() / tokens)
+        weight = self.ppo.value_coefficient
         with self.backbone.role("critic"):
-            for _, piece in self.micro_batches(minibatch):
-                yield self.value_coefficient * self.value_objective(piece, *means).sum() / tokens
+            yield from self.losses_of(
+                minibatch, lambda piece: weight * self.value_objective(piece, *means).sum() / tokens
+            )
 
     def policy_objective(self, piece: Experience, *means: Means) -> Tensor:
         """Clipped surrogate minus the entropy bonus, [B, R], 0 off the mask."""
         mask = piece.response_mask
         new = self.statistics(piece)
-        loss = policy_loss(new.logprobs, piece.logprobs, piece.advantages, clip_range=self.clip_range)
+        loss = policy_loss(new.logprobs, piece.logprobs, piece.advantages, clip_range=self.ppo.clip_range)
         log_ratio = (new.logprobs - piece.logprobs).detach()
         for mean in means:
             mean.add("policy_loss", loss, mask)
             mean.add("entropy", new.entropy, mask)
             mean.add("update_kl", log_ratio.expm1() - log_ratio, mask)
-            mean.add("clip_fraction", (log_ratio.expm1().abs() > self.clip_range).float(), mask)
-        return (loss - self.entropy_coefficient * new.entropy).masked_fill(~mask, 0)
+            mean.add("clip_fraction", (log_ratio.expm1().abs() > self.ppo.clip_range).float(), mask)
+        return (loss - self.ppo.entropy_coefficient * new.entropy).masked_fill(~mask, 0)
 
     def value_objective(self, piece: Experience, *means: Means) -> Tensor:
         """Clipped squared error of the critic, [B, R], 0 off the mask."""
         values = self._values(piece)
-        loss = value_loss(values, piece.values, piece.returns, clip_range=self.value_clip_range)
+        loss = value_loss(values, piece.values, piece.returns, clip_range=self.ppo.value_clip_range)
         for mean in means:
             mean.add("value_loss", loss, piece.response_mask)
         return loss.masked_fill(~piece.response_mask, 0)
@@ -295,29 +261,23 @@ class PPOPolicy(AlignmentModule):
     def logprobs(self, sequences: Sequences, role: str) -> Tensor:
         """Log-probabilities [B, R] fp32 of the response tokens under a role, at the sampling temperature."""
         with self.backbone.role(role):
-            return self._per_token(sequences, lambda piece: self.statistics(piece).logprobs)
+            return self.per_row(sequences, sequences.response_mask.shape, lambda rows: self.statistics(rows).logprobs)
 
     @torch.no_grad()
     def divergences(self, sequences: Sequences, functions: Sequence[Divergence]) -> list[Tensor]:
         """Exact divergences [B, R] fp32 of policy and reference over the whole vocabulary, in chunks, in one pass."""
-        results = [torch.zeros(sequences.response_mask.shape, device=self.device) for _ in functions]
-        for index, piece in self.micro_batches(sequences):
+
+        def compute(rows: Sequences) -> Tensor:
             with self.backbone.role("policy"):
-                hidden, head = self.backbone.encode(piece), self.backbone.lm_head
+                hidden, head = self.backbone.encode(rows), self.backbone.lm_head
             with self.backbone.role("reference"):
-                ref_hidden, ref_head = self.backbone.encode(piece), self.backbone.lm_head
-            for result, function in zip(results, functions, strict=True):
-                values = vocabulary_divergence(
-                    hidden,
-                    ref_hidden,
-                    head,
-                    ref_head,
-                    piece.response_mask,
-                    function,
-                    temperature=self.sampling.temperature,
-                )
-                result[index, : values.shape[1]] = values[: len(index)]
-        return results
+                ref_hidden, ref_head = self.backbone.encode(rows), self.backbone.lm_head
+            inputs = hidden, ref_hidden, head, ref_head, rows.response_mask
+            temperature = self.sampling.temperature
+            return torch.stack([vocabulary_divergence(*inputs, f, temperature=temperature) for f in functions], dim=-1)
+
+        shape = (*sequences.response_mask.shape, len(functions))
+        return list(self.per_row(sequences, shape, compute).unbind(-1))
 
     def score(self, sequences: Sequences, batch: Prompts) -> Tensor:
         """Scores [B] fp32 of the responses: the reward model's, or the reward function's.
@@ -328,23 +288,13 @@ class PPOPolicy(AlignmentModule):
         if self.reward_function is None:
             ended = append_end(sequences.response_ids, sequences.response_mask, self.stop_ids.to(self.device))
             complete = Sequences(sequences.prompt_ids, sequences.prompt_mask, *ended)
-            scores = torch.zeros(len(batch), device=self.device)
             with self.backbone.role("reward"):
-                for index, piece in self.micro_batches(complete):
-                    scores[index] = self.backbone.scores(piece)[: len(index)]
-            return scores
+                return self.per_row(complete, [len(complete)], self.backbone.scores)
         responses = self.decode(sequences.response_ids, sequences.response_mask)
         scores = torch.as_tensor(self.reward_function(list(batch.texts), responses), dtype=torch.float32)
         if scores.shape != (len(batch),):
             raise UserError(f"the reward function returned shape {tuple(scores.shape)} for {len(batch)} responses.")
         return scores.to(self.device)
-
-    def _per_token(self, sequences: Sequences, compute: Callable[[Any], Tensor]) -> Tensor:
-        result = torch.zeros(sequences.response_mask.shape, device=sequences.prompt_ids.device)
-        for index, piece in self.micro_batches(sequences):
-            values = compute(piece)
-            result[index, : values.shape[1]] = values[: len(index)]
-        return result
 
     def statistics(self, piece: Sequences) -> TokenStatistics:
         """Log-probabilities and entropies [B, R] of the response tokens in the current role."""
@@ -354,7 +304,7 @@ class PPOPolicy(AlignmentModule):
             piece.response_ids,
             piece.response_mask,
             temperature=self.sampling.temperature,
-            entropy_trains=self.entropy_coefficient > 0,
+            entropy_trains=self.ppo.entropy_coefficient > 0,
         )
 
     def _values(self, piece: Sequences) -> Tensor:
@@ -385,10 +335,7 @@ class PPOPolicy(AlignmentModule):
         with gathered(self.backbone):
             rollout = self.rollout(batch, "validate", batch_idx)
             self.shape_rewards(rollout)
-        stage = "test" if self.trainer.testing else "val"
-        metrics = {f"{stage}/{k}": v for k, v in self.rollout_metrics(rollout).items()}
+        metrics = {f"{self.stage}/{k}": v for k, v in self.rollout_metrics(rollout).items()}
         rows = int(total_number(len(batch)))
         self.log_dict(metrics, prog_bar=False, batch_size=rows)
-        self.log(f"{stage}_score", metrics[f"{stage}/score"], prog_bar=True, logger=False, batch_size=rows)
-
-    test_step = validation_step
+        self.log(f"{self.stage}_score", metrics[f"{self.stage}/score"], prog_bar=True, logger=False, batch_size=rows)

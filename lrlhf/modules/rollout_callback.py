@@ -17,8 +17,3 @@ class RolloutCallback(L.Callback):
 
     def on_rollout_end(self, trainer: L.Trainer, policy: Any, rollout: Rollout, rewards: Tensor) -> None:
         """Look, log, write; change nothing. rewards [B, R] are final."""
-
-
-def stage(trainer: L.Trainer) -> str:
-    """The prefix of logged names: train, val or test."""
-    return "train" if trainer.training else "test" if trainer.testing else "val"

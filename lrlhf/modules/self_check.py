@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lrlhf.config import Quantization, Sampling
-from lrlhf.distributed import any_process
 from lrlhf.errors import UserError
 from lrlhf.functional import token_statistics
 from lrlhf.model.backbone import Backbone
@@ -69,7 +68,6 @@ def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tenso
             sampling=Sampling(max_new_tokens=SAMPLED, temperature=0),
             stop_ids=stop_ids.to(text.prompt_ids.device),
             uniforms=text.prompt_ids.new_zeros(ROWS, SAMPLED),
-            go_on=any_process if backbone.lockstep else bool,
         )
         taken, likeliest = _plain_logprobs(backbone, Sequences(text.prompt_ids, text.prompt_mask, *sampled))
         _refuse_difference(backbone, "samples", taken - likeliest, allowed)

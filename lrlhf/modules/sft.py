@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torchmetrics import MeanMetric
 
 from lrlhf.distributed import total
 from lrlhf.errors import UserError
 from lrlhf.functional import token_statistics
-from lrlhf.modules.base import AlignmentModule
+from lrlhf.modules.base import UPDATE, AlignmentModule
 from lrlhf.types import Sequences
 
 
@@ -30,37 +31,27 @@ class SFT(AlignmentModule):
         self.backbone.add_role("sft", ("sft",), trainable=True, own_copy=False)
 
     def negative_log_likelihood(self, batch: Sequences) -> Tensor:
-        """-log p of the response tokens, the end-of-sequence token included; a sum."""
+        """-log p [B, R] of the response tokens, the end-of-sequence token included; 0 off the mask."""
         hidden = self.backbone.encode(batch)
-        return -token_statistics(hidden, self.backbone.lm_head, batch.response_ids, batch.response_mask).logprobs.sum()
+        return -token_statistics(hidden, self.backbone.lm_head, batch.response_ids, batch.response_mask).logprobs
 
     def training_step(self, batch: Sequences, batch_idx: int) -> None:
         """One optimizer step on one batch."""
         tokens = total(batch.response_mask.sum())
-        with self.backbone.role("sft"), self.backbone.training_pass(dropout=True):
-            pieces = (piece for _, piece in self.micro_batches(batch))
-            metrics = self.descend(self.negative_log_likelihood(piece) / tokens for piece in pieces)
+        with record_function(UPDATE), self.backbone.role("sft"), self.backbone.training_pass(dropout=True):
+            losses = self.losses_of(batch, lambda piece: self.negative_log_likelihood(piece).sum() / tokens)
+            metrics = self.optimization_step(losses)
         self.log("loss", metrics["loss"], prog_bar=True, logger=False)
         self.end_iteration(metrics)
 
     @torch.no_grad()
     def validation_step(self, batch: Sequences, batch_idx: int) -> None:
-        """Loss per token and perplexity on held-out demonstrations."""
+        """Loss per token on held-out demonstrations."""
         with self.backbone.role("sft"):
-            for _, piece in self.micro_batches(batch):
-                tokens = piece.response_mask.sum()
-                self.val_loss.update(self.negative_log_likelihood(piece) / tokens.clamp(min=1), weight=tokens)
-
-    test_step = validation_step
+            losses = self.per_row(batch, batch.response_mask.shape, self.negative_log_likelihood)
+        self.val_loss.update(losses.sum(1) / batch.lengths.clamp(min=1), weight=batch.lengths)
 
     def on_validation_epoch_end(self) -> None:
-        """Log under val/ (or test/)."""
-        name, loss = "test" if self.trainer.testing else "val", self.val_loss.compute()
-        self.log_dict({f"{name}/loss": loss, f"{name}/perplexity": loss.exp()}, prog_bar=True)
-
-    def on_validation_epoch_start(self) -> None:
-        """Reset here: a metric that was reset in the inference mode of `validate` could not be updated in `fit`."""
-        self.val_loss.reset()
-
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
+        """Log the loss, and perplexity."""
+        loss = self.val_loss.compute()
+        self.log_dict({f"{self.stage}/loss": loss, f"{self.stage}/perplexity": loss.exp()}, prog_bar=True)

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lrlhf.config import TwoOrMore, check_ranges
 from lrlhf.distributed import any_process, gather_objects, rank, world_size
 from lrlhf.errors import UserError
 from lrlhf.run.state import DeferredSignals, random_state, set_random_state
@@ -37,12 +39,15 @@ class Checkpoints(Checkpoint):
         mode: whether a smaller or a larger value of `monitor` is better.
     """
 
-    def __init__(self, every: int = 1, keep: int = 2, monitor: str | None = None, mode: Literal["min", "max"] = "max"):
-        if every < 1:
-            raise UserError(f"Checkpoints: every={every} must be at least 1.")
-        if keep < 2:
-            raise UserError(f"Checkpoints: keep={keep} must be at least 2.")
+    def __init__(
+        self,
+        every: PositiveInt = 1,
+        keep: TwoOrMore = 2,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "max",
+    ):
         self.every, self.keep, self.monitor, self.mode = every, keep, monitor, mode
+        check_ranges(self)
         self.best: float | None = None
         self._random: dict[str, Any] | None = None
         self._signals = DeferredSignals()
@@ -170,6 +175,44 @@ def settle_loops(loops: dict[str, Any]) -> bool:
     for counts in (validation["total"], validation["current"]):
         counts |= dict.fromkeys(counts, 0)
     return complete
+
+
+def refuse_other(checkpoint: dict[str, Any], identity: dict[str, Any], trained: dict[str, torch.Tensor]) -> None:
+    """Refuse a checkpoint of something else than what is here.
+
+    Args:
+        checkpoint: with `state_dict` and, under `lrlhf`, the identity that it was saved with.
+        identity: by name, what is not in a checkpoint and must be the same.
+        trained: by name, the tensors that train.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if "lrlhf" not in checkpoint:
+        raise UserError("this checkpoint was not written by lrlhf.")
+    for what, here in identity.items():
+        there = checkpoint["lrlhf"].get(what)
+        if there != here:
+            raise UserError(
+                f"this checkpoint has another {what} ({_differing(there, here)}); go on with the settings that the "
+                "run started with."
+            )
+    ours = {name: tensor.shape for name, tensor in trained.items()}
+    theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+    differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+    if differing:
+        raise UserError(
+            f"this checkpoint does not hold the {len(ours)} tensors that train here: {len(differing)} differ in name "
+            f"or shape, e.g. {differing[0]}; go on with the settings that the run started with."
+        )
+
+
+def _differing(there: Any, here: Any) -> str:
+    """The entries that differ, or the values."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [key for key in there | here if there.get(key) != here.get(key)]
+        return ", ".join(f"{key}: {there.get(key)}, here {here.get(key)}" for key in keys)
+    return f"{there}, here {here}"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

@@ -17,7 +17,6 @@ import torch
 from lrlhf.errors import UserError
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.pretrained import fingerprint_tokenizer
-from lrlhf.paths import manifest
 from lrlhf.types import Sequences
 
 PROBE = "A friend asked how to keep a small garden through a dry summer."
@@ -47,7 +46,9 @@ class Handover:
         Raises:
             UserError: no folder, no manifest, or a damaged one.
         """
-        path = manifest(folder)
+        path = Path(folder).expanduser() / "manifest.json"
+        if not path.is_file():
+            raise UserError(f"{folder} is no hand-over folder (no manifest.json in it); run the stage before first.")
         try:
             values = json.loads(path.read_text())
             handover = cls(folder=path.parent, **{**values, "stack": tuple(values["stack"])})
@@ -113,6 +114,10 @@ class Handover:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return handover
+
+    def load(self, backbone: Backbone, role: str) -> None:
+        """Define `role` on a backbone as the role that was handed over."""
+        backbone.load_role(role, self.stack, self.folder, head=self.head)
 
     def check(self, backbone: Backbone, tokenizer: str) -> None:
         """Refuse another base or tokenizer than the role was trained on, naming what differs."""

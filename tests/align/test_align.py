@@ -36,7 +36,7 @@ def aligned(tmp_path_factory, tiny_llama, data_files):
     ):
         settings = {"base_model": tiny_llama, "lora": {"r": 2}, "sampling": {"max_new_tokens": 6}}
         if stage == "ppo":
-            settings |= {"minibatch_size": 4}
+            settings |= {"ppo": {"minibatch_size": 4}}
         rows = {"train": data_files[data], "val": data_files[data], "batch_size": 8, "val_limit": 6}
         callbacks = [{"class_path": "lrlhf.DivergenceCallback"}, {"class_path": "lrlhf.SampleLog"}]
         values = {
@@ -85,7 +85,7 @@ def test_the_comparison_and_the_page_are_written(aligned):
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("model.init_args.clip_range", "-1", "clip_range=-1 must be positive"),
+        ("model.init_args.ppo.clip_range", "-1", "model.ppo.clip_range: expected a number >0, got -1"),
         ("data.limt", "3", "the nearest is limit"),
     ],
 )

@@ -31,7 +31,7 @@ TRAINER = {
 }
 TEXT = {"class_path": "lrlhf.TextTemplate", "init_args": {"without_input": "Q: {instruction}\n"}}
 MODEL = {"lora": {"r": 2, "targets": ["q_proj", "v_proj"]}, "micro_batch_size": 4}
-PPO = {"minibatch_size": 4, "sampling": {"max_new_tokens": 4}}
+PPO = {"ppo.minibatch_size": 4, "sampling": {"max_new_tokens": 4}}
 CLASSES = {"sft": "SFT", "reward": "RewardModel", "ppo": "PPOPolicy"}
 DATA = {"sft": "sft", "reward": "pairs", "ppo": "prompts"}
 

@@ -102,7 +102,7 @@ def write_configs(folder: Path) -> dict[str, Path]:
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         }
         if ppo:
-            model |= {"minibatch_size": 4, "reward_function": "tests.integration.soak_resume.count_vowels"}
+            model |= {"ppo": {"minibatch_size": 4}, "reward_function": "tests.integration.soak_resume.count_vowels"}
         monitor = {
             "SFT": ("val/loss", "min"),
             "RewardModel": ("val/accuracy", "max"),

@@ -231,8 +231,11 @@ def test_a_process_holds_its_part_of_the_base_and_all_that_trains(configs, tmp_p
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--model.init_args.minibatch_size", "1"), "model.minibatch_size=1 does not divide among 2 processes"),
-        (("--data.init_args.batch_size", "9", "--model.init_args.minibatch_size", "9"), "batch_size=9 does not divide"),
+        (("--model.init_args.ppo.minibatch_size", "1"), "model.ppo.minibatch_size=1 does not divide among 2 processes"),
+        (
+            ("--data.init_args.batch_size", "9", "--model.init_args.ppo.minibatch_size", "9"),
+            "batch_size=9 does not divide",
+        ),
         (("--model.init_args.lora", "null", "--trainer.strategy", "fsdp2"), "with model.lora: null nothing is frozen"),
         (("--trainer.gradient_clip_val", "1.0"), "set model.max_grad_norm instead"),
         (("--model.init_args.quantize.kind", "int8", "--trainer.strategy", "fsdp2"), "does not shard a base in int8"),

@@ -32,7 +32,7 @@ def job(base: str, prompt: int = 24, response: int = 40, **settings) -> Job:
         "quantize": None,
         "gradient_checkpointing": False,
         "micro_batch_size": 8,
-        "minibatch_size": 16,
+        "ppo": {"minibatch_size": 16},
         "sampling": {"max_new_tokens": response, "batch_size": 64},
         **settings,
     }

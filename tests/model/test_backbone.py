@@ -433,7 +433,7 @@ def test_a_preamble_is_not_shared_where_that_would_be_wrong(tiny_llama):
 
 def test_a_sharded_base_makes_no_pass_for_a_preamble(backbone):
     batch = with_one_preamble()
-    backbone.lockstep = True
+    backbone.synchronised = True
     with backbone.role("policy"):
         ids, *_, cache = backbone.prefill(batch.prompt_ids, batch.prompt_mask)
     assert ids is batch.prompt_ids

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 import lrlhf.model.architecture
 import lrlhf.model.backbone
-from lrlhf import SFT, AlpacaDataModule, PPOPolicy, Quantization, RewardModel, Sampling, TextTemplate, UserError
+from lrlhf import PPO, SFT, AlpacaDataModule, PPOPolicy, Quantization, RewardModel, Sampling, TextTemplate, UserError
 from lrlhf.config import LoRA
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.pretrained import load_tokenizer, stop_tokens
@@ -138,7 +138,7 @@ def number_of_the_row(prompts: list[str], responses: list[str]) -> torch.Tensor:
 def ppo(base: str, **settings) -> Watched:
     defaults = {
         "reward_function": number_of_the_row,
-        "minibatch_size": 4,
+        "ppo": PPO(minibatch_size=4),
         "micro_batch_size": 4,
         "sampling": Sampling(max_new_tokens=6),
         "lora": LoRA(r=2, targets=targets_for(base)),

@@ -144,7 +144,7 @@ def test_an_eight_bit_optimizer_goes_on_exactly_from_a_checkpoint(base, data_fil
     fit(tmp_path / "half", 1)
     resumed = fit(tmp_path / "half", 2, str(newest_checkpoint(tmp_path / "half")))
     assert resumed.iteration == whole.iteration == 10
-    for name in whole.trainable_names():
+    for name in whole.trained():
         assert torch.equal(resumed.state_dict()[name], whole.state_dict()[name]), name
 
 

@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 
-from lrlhf import SFT, AlpacaDataModule, LoRA, PPOPolicy, RewardModel, Sampling
+from lrlhf import PPO, SFT, AlpacaDataModule, LoRA, PPOPolicy, RewardModel, Sampling
 from lrlhf.config import Schedule
 
 SMALL = {"lora": LoRA(r=2, alpha=4), "schedule": Schedule("constant", 0)}
@@ -39,9 +39,10 @@ def count_vowels(prompts: list[str], responses: list[str]) -> torch.Tensor:
 
 
 def ppo(base, lr=1e-2, kind=PPOPolicy, **settings) -> PPOPolicy:
+    learning = {name: settings.pop(name) for name in PPO.__dataclass_fields__ if name in settings}
     defaults = {
         "reward_function": count_vowels,
-        "minibatch_size": 4,
+        "ppo": PPO(**{"minibatch_size": 4, **learning}),
         "micro_batch_size": 3,
         "sampling": Sampling(max_new_tokens=8),
         "optimizer": adamw(lr),

@@ -170,7 +170,7 @@ def test_a_fit_changes_only_the_policy_the_critic_and_its_head(tmp_path, tiny_ll
     fit(tmp_path, module, prompt_data(tiny_llama, data_files))
     changed = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if ".policy." in n or ".critic." in n}
-    assert module.trainable_names() == changed
+    assert module.trained().keys() == changed
     handed_over = load_file(tmp_path / "sft/handover/sft/adapter_model.safetensors")
     assert torch.equal(
         module.backbone.model.model.layers[0].self_attn.q_proj.lora_B.sft.weight,

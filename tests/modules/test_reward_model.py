@@ -33,7 +33,7 @@ def test_the_loss_is_bradley_terry_at_the_last_response_token(tiny_llama, data_f
     module.configure_model()
     head = module.backbone.heads["reward"]
     with torch.no_grad(), module.backbone.role("reward"):
-        ours = module.pair_loss(batch)
+        ours = module.pair_loss(batch).sum()
         scores = []
         for side in (batch.chosen, batch.rejected):
             rows = []
@@ -125,7 +125,7 @@ def test_validation_counts_every_pair_once_however_the_batch_is_cut(size, tiny_l
     module.configure_model()
     module.validation_step(batch, 0)
     with torch.no_grad(), module.backbone.role("reward"):
-        margins = torch.cat([torch.sub(*module.pair_scores(pairs_of(batch, row))) for row in range(5)])
+        margins = torch.cat([torch.sub(*module.pair_scores(pairs_of(batch, row)).unbind(1)) for row in range(5)])
     assert float(module.val_loss.compute()) == pytest.approx(float(-margins.sigmoid().log().mean()), rel=1e-4)
 
 

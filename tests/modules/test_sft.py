@@ -18,7 +18,7 @@ def test_the_loss_is_transformers_own_with_prompt_and_padding_left_out(tiny_llam
     module, batch = SFT(base_model=tiny_llama, **SMALL), batch_of(tiny_llama, data_files)
     module.configure_model()
     with torch.no_grad(), module.backbone.role("sft"):
-        ours = module.negative_log_likelihood(batch) / batch.response_mask.sum()
+        ours = module.negative_log_likelihood(batch).sum() / batch.response_mask.sum()
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     total = 0.0
     for row in range(len(batch)):
@@ -39,7 +39,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(tiny_llama, data_files, size
             p.grad = None
         with module.backbone.role("sft"), module.backbone.training_pass(dropout=False):
             for _, piece in batch.micro_batches(pieces):
-                (module.negative_log_likelihood(piece) / batch.response_mask.sum()).backward()
+                (module.negative_log_likelihood(piece).sum() / batch.response_mask.sum()).backward()
         gradients.append([p.grad for p in module.backbone.trainable()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
