@@ -13,7 +13,7 @@ import yaml
 from lrlhf import _HOMES
 from lrlhf.errors import UserError
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 TRAINER = "lightning.Trainer"
 CHECKING = ("__init__", "__post_init__", "_refuse_bad_settings")
 """Methods in which a class of lrlhf looks at its own settings."""
@@ -148,7 +148,7 @@ def _annotation(node: ast.expr | None, names: dict[str, ast.stmt]) -> str:
 def _home(module: str) -> dict[str, ast.stmt]:
     """Classes and names of a module of lrlhf, or of all modules of a package in it and of those that these share."""
     path = PACKAGE.joinpath(*module.split(".")[1:])
-    paths = [*sorted(path.glob("*.py")), PACKAGE / "backbone.py"] if path.is_dir() else [path.with_suffix(".py")]
+    paths = [*sorted(path.glob("*.py")), PACKAGE / "config.py"] if path.is_dir() else [path.with_suffix(".py")]
     return {name: node for path in paths for name, node in _names(path).items()}
 
 
