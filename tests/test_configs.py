@@ -98,4 +98,4 @@ def test_a_divergence_is_named_by_the_function_it_says():
     for path in DIVERGENCES:
         (callback,) = yaml.safe_load(path.read_text())["trainer"]["callbacks+"]
         name = callback["init_args"]["divergence"].rpartition(".")[2]
-        assert path.stem in (name, f"adaptive_{name}", "none")
+        assert path.stem in (name, f"adaptive_{name}", "none", "others")
