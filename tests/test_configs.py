@@ -1,5 +1,7 @@
-"""Every legal combination of the shipped files parses, builds on the meta device, and says what its paper says."""
+"""The shipped config files parse, build on the meta device, and say what their paper says."""
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,31 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from lrlhf.__main__ import main
 from lrlhf.cli.lightning import parse_config
+from lrlhf.functional import divergence as divergences
 from tests.conftest import save_tiny_llama
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-DIVERGENCES = sorted((CONFIGS / "divergence").glob("*.yaml"))
-HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
-COMBINATIONS = [
-    *[("sft", None, h) for h in HARDWARE],
-    *[("reward", None, h) for h in HARDWARE],
-    *[("ppo", d, h) for d in [*DIVERGENCES, None] for h in HARDWARE],
+STAGES = ("sft", "reward", "ppo")
+DIVERGENCES = sorted(path.stem for path in (CONFIGS / "divergence").glob("*.yaml"))
+HARDWARE = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
+
+ALONE = [
+    *[(stage, None, None) for stage in STAGES],
+    *[("ppo", divergence, None) for divergence in DIVERGENCES],
+    *[("sft", None, hardware) for hardware in HARDWARE],
 ]
+"""Each file once, with no more beside it than base.yaml and the file of a stage."""
+COMBINATIONS = [
+    ("sft", None, "one_gpu_12gb_4bit"),
+    ("reward", None, "two_a100_ddp_4bit"),
+    ("ppo", "kl", "one_gpu"),
+    ("ppo", "js", "two_a100"),
+    ("ppo", "js_paper", "two_a100_ddp"),
+    ("ppo", "adaptive_kl", "one_gpu_12gb_4bit"),
+    ("ppo", "none", "two_a100_ddp_4bit"),
+    ("ppo", "others", "cpu"),
+]
+"""As a user composes them: every stage, divergence file and hardware file in at least one."""
 
 
 @pytest.fixture(scope="session")
@@ -32,27 +49,40 @@ def llama_7b_shape(tmp_path_factory) -> str:
     return str(folder)
 
 
-def resolve(capsys, tmp_path: Path, *files: Path | str, options=()) -> Path:
-    """The resolved config of `lrlhf fit --config ... --print_config`, as a file."""
-    arguments = [argument for file in files for argument in ("--config", str(file))]
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *arguments, *options, "--print_config"])
-    assert stop.value.code == 0
-    path = tmp_path / "config.yaml"
-    path.write_text(capsys.readouterr().out)
-    return path
+@pytest.fixture
+def resolve(capsys, tmp_path):
+    """A function that gives the resolved config of `lrlhf fit --config ... --print_config`, as a file."""
+
+    def resolved(*files: Path, options=()) -> Path:
+        arguments = [argument for file in files for argument in ("--config", str(file))]
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *arguments, *options, "--print_config"])
+        printed = capsys.readouterr()
+        assert stop.value.code == 0, printed.err
+        path = tmp_path / "config.yaml"
+        path.write_text(printed.out)
+        return path
+
+    return resolved
 
 
-@pytest.mark.parametrize(("stage", "divergence", "hardware"), COMBINATIONS)
-def test_every_combination_builds_on_the_meta_device(capsys, tmp_path, llama_7b_shape, stage, divergence, hardware):
-    files = [CONFIGS / "base.yaml", CONFIGS / f"{stage}.yaml", *([divergence] if divergence else []), hardware]
+def test_the_combinations_hold_every_stage_divergence_and_hardware_file():
+    stages, named_divergences, hardware = zip(*COMBINATIONS, strict=True)
+    assert set(stages) == set(STAGES)
+    assert {name for name in named_divergences if name} == set(DIVERGENCES)
+    assert set(hardware) == set(HARDWARE)
+
+
+@pytest.mark.parametrize(("stage", "divergence", "hardware"), [*ALONE, *COMBINATIONS])
+def test_config_files_build_their_stage_on_the_meta_device(resolve, llama_7b_shape, stage, divergence, hardware):
+    names = ["base", stage, divergence and f"divergence/{divergence}", hardware and f"hardware/{hardware}"]
     options = ["--model.init_args.base_model", llama_7b_shape]
     if stage != "sft":
         options += ["--model.init_args.sft", "null"]
     if stage == "ppo":
         options += ["--model.init_args.reward_model", "null"]
         options += ["--model.init_args.reward_function", "lrlhf.rewards.vader_sentiment"]
-    path = resolve(capsys, tmp_path, *files, options=options)
+    path = resolve(*[CONFIGS / f"{name}.yaml" for name in names if name], options=options)
     values, module, data = parse_config(path)
     with torch.device("meta"):
         module.configure_model()
@@ -66,9 +96,9 @@ def test_every_combination_builds_on_the_meta_device(capsys, tmp_path, llama_7b_
     assert callbacks.count("DivergenceCallback") == (1 if divergence else 0)
 
 
-def test_ppo_has_the_paper_s_numbers(capsys, tmp_path, llama_7b_shape):
+def test_ppo_has_the_paper_s_numbers(resolve):
     files = [CONFIGS / "base.yaml", CONFIGS / "ppo.yaml", CONFIGS / "divergence/js_paper.yaml"]
-    values = yaml.safe_load(resolve(capsys, tmp_path, *files).read_text())
+    values = yaml.safe_load(resolve(*files).read_text())
     model, data = values["model"]["init_args"], values["data"]["init_args"]
     assert (model["lora"]["r"], model["lora"]["alpha"], model["lora"]["dropout"]) == (8, 64, 0.1)
     assert (data["batch_size"], model["minibatch_size"], model["inner_epochs"]) == (256, 128, 2)
@@ -81,21 +111,61 @@ def test_ppo_has_the_paper_s_numbers(capsys, tmp_path, llama_7b_shape):
     assert (callback["divergence"], callback["coefficient"]) == ("lrlhf.functional.js_paper", 0.02)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_a_demo_file_runs_alone(capsys, tmp_path, stage):
-    path = resolve(
-        capsys,
-        tmp_path,
-        CONFIGS / "demo" / f"{stage}.yaml",
-        options=["--model.init_args.reward_function", "lrlhf.rewards.vader_sentiment"] if stage == "ppo" else [],
-    )
-    _, module, data = parse_config(path)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_demo_file_runs_alone(resolve, stage):
+    options = ["--model.init_args.reward_function", "lrlhf.rewards.vader_sentiment"] if stage == "ppo" else []
+    _, module, data = parse_config(resolve(CONFIGS / "demo" / f"{stage}.yaml", options=options))
     assert data.task == module.task == {"sft": "sft", "reward": "preference", "ppo": "prompts"}[stage]
     assert Path(data.sources["train"]).is_file()
 
 
-def test_a_divergence_is_named_by_the_function_it_says():
-    for path in DIVERGENCES:
-        (callback,) = yaml.safe_load(path.read_text())["trainer"]["callbacks+"]
-        name = callback["init_args"]["divergence"].rpartition(".")[2]
-        assert path.stem in (name, f"adaptive_{name}", "none")
+# Divergences
+
+
+def named_in(stem: str) -> str:
+    """The divergence that a file asks for, without its import path."""
+    values = yaml.safe_load((CONFIGS / f"divergence/{stem}.yaml").read_text())
+    (callback,) = values["trainer"]["callbacks+"]
+    return callback["init_args"]["divergence"].removeprefix("lrlhf.functional.")
+
+
+def test_a_divergence_file_is_called_after_the_function_it_names():
+    others = {"adaptive_kl": "kl", "none": "exact_kl", "others": "exact_kl"}
+    assert {stem: named_in(stem) for stem in DIVERGENCES} == {stem: others.get(stem, stem) for stem in DIVERGENCES}
+
+
+def test_every_divergence_has_a_file_or_a_line_in_others():
+    text = (CONFIGS / "divergence/others.yaml").read_text()
+    lines = re.findall(r"^ +(?:# )?divergence: lrlhf\.functional\.(\w+)  # \S", text, re.M)
+    of_the_library = {
+        name
+        for name, function in inspect.getmembers(divergences, inspect.isfunction)
+        if function.__module__ == divergences.__name__ and name != "over_vocabulary"
+    }
+    assert sorted([*lines, *(set(DIVERGENCES) & of_the_library)]) == sorted(of_the_library)
+
+
+def test_a_line_of_others_works_when_its_comment_sign_moves(resolve, tmp_path):
+    name = "divergence: lrlhf.functional."
+    text = (CONFIGS / "divergence/others.yaml").read_text()
+    text = text.replace(f" {name}exact_kl ", f" # {name}exact_kl ").replace(f"# {name}bregman", f"{name}bregman")
+    (tmp_path / "others.yaml").write_text(text)
+    values = yaml.safe_load(resolve(CONFIGS / "base.yaml", CONFIGS / "ppo.yaml", tmp_path / "others.yaml").read_text())
+    assert values["trainer"]["callbacks"][-1]["init_args"]["divergence"] == "lrlhf.functional.bregman"
+
+
+@pytest.mark.parametrize(
+    ("files", "options"),
+    [
+        (["divergence/kl.yaml"], []),
+        ([], ["--trainer.callbacks+", "lrlhf.DivergenceCallback", "--trainer.callbacks.coefficient", "0.02"]),
+    ],
+    ids=["in a file's place", "without a file"],
+)
+def test_a_divergence_may_be_named_on_the_command_line(resolve, files, options):
+    files = [CONFIGS / name for name in ("base.yaml", "ppo.yaml", *files)]
+    options = [*options, "--trainer.callbacks.divergence", "lrlhf.functional.bregman"]
+    callbacks = yaml.safe_load(resolve(*files, options=options).read_text())["trainer"]["callbacks"]
+    assert [callback["class_path"] for callback in callbacks] == ["lrlhf.SampleLog", "lrlhf.DivergenceCallback"]
+    assert callbacks[-1]["init_args"]["divergence"] == "lrlhf.functional.bregman"
+    assert callbacks[-1]["init_args"]["coefficient"] == 0.02
