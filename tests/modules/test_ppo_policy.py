@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from lrlhf import (
     DivergenceCallback,
     LoRA,
-    MissingEOSPenalty,
     PPOPolicy,
     RolloutCallback,
     Sampling,
@@ -193,24 +192,6 @@ def test_inner_epochs_stop_when_the_update_is_too_far(tmp_path, tiny_llama, data
     free = fit(tmp_path, ppo(tiny_llama, lr=0.1, inner_epochs=5), prompt_data(tiny_llama, data_files))
     assert far.metrics[0]["train/inner_epochs"] < 5
     assert free.metrics[0]["train/inner_epochs"] == 5
-
-
-def test_a_missing_end_costs_the_penalty_at_the_last_token(tmp_path, tiny_llama, data_files):
-    rewards = []
-    for callbacks in ([], [MissingEOSPenalty(2.5)]):
-        L.seed_everything(3)
-        module = ending_often(tiny_llama, lr=0.0)
-        recorder = fit(tmp_path, module, prompt_data(tiny_llama, data_files), *callbacks, batches=1)
-        rewards.append(recorder.rewards[0])
-    rollout, seen = recorder.rollouts[0], set()
-    for row in range(len(rollout)):
-        length = int(rollout.response_mask[row].sum())
-        ended = 2 <= int(rollout.response_ids[row, length - 1]) < 80
-        expected = rewards[0][row].clone()
-        expected[length - 1] -= 0.0 if ended else 2.5
-        assert torch.equal(rewards[1][row], expected)
-        seen.add(ended)
-    assert seen == {True, False}
 
 
 def test_a_nan_reward_stops_the_run_before_the_weights_change(tmp_path, tiny_llama, data_files):
