@@ -1,12 +1,13 @@
-"""NormalizeScores against NumPy over all scores that training saw."""
+"""Scores normalized as NumPy does it over all that training saw, a penalty for a missing end, and a limit."""
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
-from lrlhf import NormalizeScores
+from lrlhf import MissingEOSPenalty, NormalizeScores, RewardLimit
 from tests.modules.helpers import ppo, prompt_data, trainer
-from tests.modules.test_ppo_policy import Recorder
+from tests.modules.test_ppo_policy import Recorder, ending_often, fit
 
 
 class State:
@@ -76,3 +77,41 @@ def test_training_on_normalized_scores_sees_them(tmp_path, tiny_llama, data_file
     last = recorder.rollouts[-1]
     expected = (last.scores.numpy() - seen.mean()) / seen.std()
     np.testing.assert_allclose(recorder.rewards[-1].sum(-1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_end_costs_the_penalty_at_the_last_token(tmp_path, tiny_llama, data_files):
+    rewards = []
+    for callbacks in ([], [MissingEOSPenalty(2.5)]):
+        L.seed_everything(3)
+        module = ending_often(tiny_llama, lr=0.0)
+        recorder = fit(tmp_path, module, prompt_data(tiny_llama, data_files), *callbacks, batches=1)
+        rewards.append(recorder.rewards[0])
+    rollout, seen = recorder.rollouts[0], set()
+    for row in range(len(rollout)):
+        length = int(rollout.response_mask[row].sum())
+        ended = 2 <= int(rollout.response_ids[row, length - 1]) < 80
+        expected = rewards[0][row].clone()
+        expected[length - 1] -= 0.0 if ended else 2.5
+        assert torch.equal(rewards[1][row], expected)
+        seen.add(ended)
+    assert seen == {True, False}
+
+
+def test_a_limit_clips_every_reward_on_both_sides_and_leaves_the_rest():
+    rewards = torch.tensor([[-9.0, -2.0, 0.5], [2.5, 2.0, float("inf")]])
+    limited = RewardLimit(2.0).shape_rewards(State(True), None, None, rewards)
+    assert limited.tolist() == [[-2.0, -2.0, 0.5], [2.0, 2.0, 2.0]]
+    assert rewards[0, 0] == -9
+
+
+def test_a_limit_bounds_what_stands_before_it_in_the_list_and_not_what_comes_after(tmp_path, tiny_llama, data_files):
+    def shaped(*callbacks) -> torch.Tensor:
+        recorder = Recorder()
+        runner = trainer(tmp_path, callbacks=[*callbacks, recorder], limit_train_batches=1, enable_checkpointing=False)
+        module = ppo(tiny_llama, reward_function=lambda prompts, responses: torch.full((len(responses),), 7.0))
+        runner.fit(module, prompt_data(tiny_llama, data_files))
+        assert {int(n) for n in recorder.rollouts[0].lengths} == {8}, "none ends, so all pay the penalty"
+        return recorder.rewards[0].sum(-1).unique()
+
+    assert shaped(RewardLimit(1.0), MissingEOSPenalty(2.5)).tolist() == [1.0 - 2.5]
+    assert shaped(MissingEOSPenalty(2.5), RewardLimit(1.0)).tolist() == [1.0]
