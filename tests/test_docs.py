@@ -10,11 +10,10 @@ import pytest
 import lrlhf
 import lrlhf.functional
 from lrlhf.__main__ import USAGE
-from lrlhf.align import align
+from lrlhf.align.align import Plan
 from lrlhf.cli import verify_resume
-from lrlhf.cli.lightning import AlignmentCLI, run_stage
-from lrlhf.cli.settings import check_configs, check_run
-from lrlhf.memory.command import read
+from lrlhf.cli.lightning import CLI, AlignmentCLI, ConfigCLI
+from lrlhf.memory.command import add_options, read
 from lrlhf.modules.base import AlignmentModule
 from tests.modules.helpers import train_reward, train_sft
 
@@ -100,19 +99,17 @@ def test_a_command_that_is_shown_runs_as_shown(line, checkout, monkeypatch):
     """To the point where model and data are built, or the plan's job is read."""
     monkeypatch.chdir(checkout)
     command, *arguments = shlex.split(line)[1:]
-    if command == "verify-resume":
-        command, (_, arguments) = "fit", verify_resume._options(arguments)
     if command in ("fit", "validate", "test", "predict"):
-        check_run(command, arguments)
-        built = run_stage([command, *arguments], Built)
+        built = Built(**CLI, args=[command, *arguments])
         assert isinstance(built.model, AlignmentModule)
         assert isinstance(built.datamodule, lrlhf.AlpacaDataModule)
+    elif command == "verify-resume":
+        assert ConfigCLI(command, verify_resume.add_options, arguments).config.kill_at
     elif command == "plan":
-        check_configs(arguments)
-        assert read([word for word in arguments if word not in ("--gpu-memory", "24GB")]).rows
+        assert read(ConfigCLI(command, add_options, arguments)).rows
     elif command == "align":
-        plan = align.Plan.read(arguments)
-        for stage in plan.stages:
-            check_configs(align._arguments(plan, stage))
+        plan = Plan.read(arguments)
+        for stage in plan.files:
+            ConfigCLI("align", lambda parser: None, plan.arguments(stage)[1:])
     else:
         assert (command, len(arguments)) == ("report", 1)

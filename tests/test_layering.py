@@ -23,10 +23,11 @@ FLOORS = (
 HOMES = {
     "peft": {"model/adapters.py"},
     "bitsandbytes": {"model/quantization.py"},
-    "jsonargparse": {"config.py", "cli", "memory", "modules", "callbacks", "datamodules", "run"},
+    "lightning.pytorch.cli": {"cli/lightning.py"},
     "matplotlib": {"align/plots.py"},
+    "rich": {"align/report.py"},
     "vaderSentiment": {"rewards.py"},
-    "transformers": {"model", "modules/base.py", "memory/rehearsal.py"},
+    "transformers": {"model", "kernels/install.py", "modules/base.py", "memory/rehearsal.py"},
 }
 """Where a big dependency may be imported: files, or whole rooms."""
 

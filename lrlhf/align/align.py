@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from lrlhf.cli.lightning import ConfigCLI, run_stage
@@ -75,7 +76,11 @@ class Plan:
         mine, overrides = _divided(arguments)
         parser = CommandParser("align", DESCRIPTION)
         parser.add_class_arguments(cls, skip={"overrides"})
-        values = parser.instantiate_classes(parser.parse_args(mine))
+        parsed = parser.parse_args(mine)
+        for name in ("stages", "compare"):
+            if not isinstance(parsed[name], Namespace):
+                raise UserError(f"config key {name}: expected keys and values, got {parsed[name]}.")
+        values = parser.instantiate_classes(parsed)
         values.pop("config", None)
         plan = cls(**vars(values), overrides=overrides)
         if not plan.files:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lrlhf.callbacks import PredictionWriter
-from lrlhf.cli.messages import OneSentence, one_sentence
+from lrlhf.cli.messages import NO_MODULE, OneSentence, one_sentence
 from lrlhf.errors import UserError
 from lrlhf.modules.base import AlignmentModule
 from lrlhf.run.checkpoints import FOLDER, Checkpoints, is_whole, load, newest_checkpoint
@@ -120,8 +120,12 @@ class AlignmentCLI(LightningCLI):
         if self.command:
             parser.inner = self._parser(self.command)  # type: ignore[attr-defined]
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
-        config = self.config.get(str(self.command))
-        if config and (path := config.get("ckpt_path")) and path not in ("best", "last", "hpc"):
+        config = self.config.get(str(self.command), self.config)
+        if config.get("trainer") is None:
+            raise UserError("config key trainer: expected settings, such as accelerator: cpu, got null.")
+        if config.get("model") is None:
+            raise UserError(NO_MODULE)
+        if (path := config.get("ckpt_path")) and path not in ("best", "last", "hpc"):
             config.ckpt_path = str(Path(path).expanduser())
             if issubclass(class_of(config.model), AlignmentModule):
                 load(Path(config.ckpt_path))
@@ -234,7 +238,7 @@ class AlignmentCLI(LightningCLI):
 class ConfigCLI(AlignmentCLI):
     """Reads a run's config, with options of a command's own beside it, and makes nothing."""
 
-    def __init__(self, command: str, add_options: Callable[[LightningArgumentParser], None], arguments: Sequence[str]):
+    def __init__(self, command: str, add_options: Callable[[Parser], None], arguments: Sequence[str]):
         self.add_options = add_options
         names = {"prog": f"lrlhf {command}", "description": (add_options.__doc__ or "").strip()}
         super().__init__(**CLI, run=False, parser_kwargs=names, args=list(arguments))
@@ -243,7 +247,7 @@ class ConfigCLI(AlignmentCLI):
         """Those of `fit`, and the command's."""
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(L.Trainer, "fit", skip=super().subcommands()["fit"])
-        self.add_options(parser)
+        self.add_options(parser)  # type: ignore[arg-type]
 
     def _set_seed(self) -> None:
         pass

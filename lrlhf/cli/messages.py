@@ -11,6 +11,11 @@ from jsonargparse import ArgumentParser
 
 from lrlhf.errors import UserError
 
+NO_MODULE = (
+    "config key model names no module, such as class_path: lrlhf.SFT; a first command is "
+    "lrlhf fit --config configs/demo/sft.yaml."
+)
+
 WORDING = (
     (
         r"(?:Option|Subcommand '\w+' does not accept option) '([^']+)'(?: is not accepted)?( \(.*\))?",
@@ -18,13 +23,13 @@ WORDING = (
     ),
     (r"Group '([\w.]+)' does not accept option '([^']+)'( \(.*\))?", r"config key \1.\2: there is no such key\3"),
     (r"Not of type \w+: (\S+) does not conform to restriction v(.*)", r"expected a number \2, got \1"),
-    (r"Not of type \w+: (.*) does not match regular expression (.*)", r"expected \2, got \1"),
     (r"Not of type \w+: does not conform to restriction v(.*)\. Got value: (.*)", r"expected a number \1, got \2"),
-    (
-        r"the following arguments are required: (?:\w+\.)?model",
-        r"config key model names no module, such as class_path: "
-        r"lrlhf.SFT; a first command is lrlhf fit --config configs/demo/sft.yaml",
-    ),
+    (r"Not of type \w+: invalid literal for int\(\) with base 10: '(.*)'", r"expected a whole number, got \1"),
+    (r"Not of type \w+: could not convert string to float: '(.*)'", r"expected a number, got \1"),
+    (r"Not of type \w+: (.*) does not match regular expression (.*)", r"expected \2, got \1"),
+    (r"Unable to load config '(.*?)' - .*", r"expected settings, such as accelerator: cpu, got \1"),
+    (r"Expected list", r"expected a list"),
+    (r"the following arguments are required: (?:\w+\.)?model", NO_MODULE.rstrip(".")),
     (
         r"[Uu]nrecognized arguments: (--?[^\s=]+).*?( \(the .*\))?",
         r"unknown option \1\2; lrlhf COMMAND --help lists them",
@@ -51,6 +56,7 @@ WORDING = (
 TYPES = (
     (r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1"),
     (r"NoneType", "null"),
+    (r" and v(?=[<>])", " and "),
     (r"typing\.Literal\[(.*?)\]", r"one of \1"),
     (r"dot import path string: [^,\s]+", "an import path"),
 )

@@ -33,7 +33,7 @@ def check_config_files(arguments: Sequence[str]) -> None:
             where = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())  # type: ignore
             raise UserError(f"{path}: not valid YAML ({where}).") from None
         if not isinstance(values, dict):
-            raise UserError(f"{path}: expected keys such as trainer, model and data, got {type(values).__name__}.")
+            raise UserError(f"{path}: expected keys and values, got {type(values).__name__}.")
 
 
 def fail(sentence: str) -> None:

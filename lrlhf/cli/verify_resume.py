@@ -13,9 +13,8 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse.typing import PositiveInt, restricted_string_type
-from lightning.pytorch.cli import LightningArgumentParser
 
-from lrlhf.cli.lightning import ConfigCLI
+from lrlhf.cli.lightning import ConfigCLI, Parser
 from lrlhf.errors import UserError
 from lrlhf.run.checkpoints import FOLDER, checkpoint_path, load, newest_checkpoint
 
@@ -25,7 +24,7 @@ POLL = 0.01
 Moment = restricted_string_type("Moment", r"^(random|iteration:\d+)$")
 
 
-def add_options(parser: LightningArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Prove on a config that a killed run ends exactly as an uninterrupted one: then the exit code is 0."""
     parser.add_argument(
         "--kill-at", type=Moment, default="random", help="random, or iteration:K: as soon as iteration K is saved"

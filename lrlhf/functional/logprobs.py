@@ -108,26 +108,26 @@ class _OnFrozenHead(torch.autograd.Function):
         probabilities = everything.exp()
         entropy = -torch.linalg.vecdot(probabilities, everything)
 
-        def through_head(of_logits: Tensor, more: bool = False) -> Tensor:
-            of_logits = (of_logits if temperature == 1 else of_logits / temperature).to(logits.dtype)
-            return torch.autograd.grad(logits, rows, of_logits, retain_graph=more)[0]
+        def through_head(grad_logits: Tensor, more: bool = False) -> Tensor:
+            grad_logits = (grad_logits if temperature == 1 else grad_logits / temperature).to(logits.dtype)
+            return torch.autograd.grad(logits, rows, grad_logits, retain_graph=more)[0]
 
-        of_entropy = None
+        grad_entropy = None
         if entropy_trains:
-            of_entropy = through_head(-probabilities * (everything + entropy[:, None]), more=True)
+            grad_entropy = through_head(-probabilities * (everything + entropy[:, None]), more=True)
         else:
             ctx.mark_non_differentiable(entropy)
-        of_logprobs = probabilities.neg_().scatter_add_(-1, targets[:, None], torch.ones_like(probabilities[:, :1]))
-        ctx.save_for_backward(through_head(of_logprobs), of_entropy)
+        grad_logprobs = probabilities.neg_().scatter_add_(-1, targets[:, None], torch.ones_like(probabilities[:, :1]))
+        ctx.save_for_backward(through_head(grad_logprobs), grad_entropy)
         return everything.gather(-1, targets[:, None]).squeeze(-1), entropy
 
     @staticmethod
-    def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        by_logprobs, by_entropy = ctx.saved_tensors
-        gradient = of_logprobs[:, None] * by_logprobs
-        if by_entropy is not None:
-            gradient = gradient + of_entropy[:, None] * by_entropy
-        return gradient.to(by_logprobs.dtype), None, None, None, None
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        made_logprobs, made_entropy = ctx.saved_tensors
+        gradient = grad_logprobs[:, None] * made_logprobs
+        if made_entropy is not None:
+            gradient = gradient + grad_entropy[:, None] * made_entropy
+        return gradient.to(made_logprobs.dtype), None, None, None, None
 
 
 def vocabulary_divergence(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lrlhf.kernels.operators import softmax_backward
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale * Q K^T, over what the mask allows) V; sums are fp32, what is stored has the dtype of `query`.
@@ -61,11 +63,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
         weights = _weights(query, key, mask, ctx.scale)
-        of_weights = torch.bmm(gradient, value.transpose(1, 2))
-        of_logits = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+        grad_weights = torch.bmm(gradient, value.transpose(1, 2))
+        grad_logits = softmax_backward(grad_weights, weights)
 
         def scaled(left: Tensor, right: Tensor) -> Tensor:
             return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=ctx.scale)
 
-        of_value = torch.bmm(weights.transpose(1, 2), gradient)
-        return scaled(of_logits, key), scaled(of_logits.transpose(1, 2), query), of_value, None, None
+        grad_value = torch.bmm(weights.transpose(1, 2), gradient)
+        return scaled(grad_logits, key), scaled(grad_logits.transpose(1, 2), query), grad_value, None, None

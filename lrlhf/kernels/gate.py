@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lrlhf.kernels.operators import silu_backward
+
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, and its gradients, to the bit as PyTorch makes them from the two operations.
@@ -34,5 +36,5 @@ class _GatedSilu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        of_up = torch.nn.functional.silu(gate).mul_(gradient)
-        return torch.ops.aten.silu_backward(gradient * up, gate), of_up
+        grad_up = torch.nn.functional.silu(gate).mul_(gradient)
+        return silu_backward(gradient * up, gate), grad_up

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-AVAILABLE = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+from lrlhf.kernels.operators import LINEAR
+
+AVAILABLE = (
+    LINEAR is not None
+    and torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+)
 """Whether this processor gains by it; elsewhere PyTorch's products are used."""
 
 
@@ -29,7 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    assert LINEAR is not None
+    return LINEAR(x, weight, None, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
@@ -42,8 +49,8 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-        of_weight = None
+        grad_x = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        grad_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = _product(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
-        return of_x, of_weight
+            grad_weight = _product(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
+        return grad_x, grad_weight

@@ -41,8 +41,8 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, down, up, between = ctx.saved_tensors
         flat = gradient.flatten(0, -2)
-        of_between = flat @ up
-        of_x = (of_between @ down).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[1] else None
-        of_down = of_between.t() @ rows if ctx.needs_input_grad[2] else None
-        of_up = (between.t() @ flat).t() if ctx.needs_input_grad[3] else None
-        return gradient, of_x, of_down, of_up
+        grad_between = flat @ up
+        grad_x = (grad_between @ down).view(*gradient.shape[:-1], -1) if ctx.needs_input_grad[1] else None
+        grad_down = grad_between.t() @ rows if ctx.needs_input_grad[2] else None
+        grad_up = (between.t() @ flat).t() if ctx.needs_input_grad[3] else None
+        return gradient, grad_x, grad_down, grad_up

@@ -43,10 +43,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         wide = x.to(inverse.dtype)
-        of_weight = None
+        grad_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (gradient * wide * inverse[..., None]).flatten(0, -2).sum(0).to(weight.dtype)
+            grad_weight = (gradient * wide * inverse[..., None]).flatten(0, -2).sum(0).to(weight.dtype)
         scaled = gradient * weight.to(inverse.dtype)
         along = torch.linalg.vecdot(scaled, wide) * inverse.pow(3) / -x.shape[-1]
-        of_x = scaled.mul_(inverse[..., None]).addcmul_(wide, along[..., None]).to(x.dtype)
-        return of_x, of_weight, None
+        grad_x = scaled.mul_(inverse[..., None]).addcmul_(wide, along[..., None]).to(x.dtype)
+        return grad_x, grad_weight, None

@@ -37,9 +37,9 @@ def packed_mask(mask: Tensor, prefix: int) -> Tensor:
     return keys & torch.ones(length, prefix + length, dtype=torch.bool, device=mask.device).tril(prefix)
 
 
-def is_packed(query: Tensor, mask: Tensor | None) -> bool:
+def is_packed(query: Tensor, mask: Tensor) -> bool:
     """Whether queries [B, H, T, D] are such a line: their mask is one of other rows."""
-    return mask is not None and (len(mask) != len(query) or mask.shape[-2] != query.shape[2])
+    return len(mask) != len(query) or mask.shape[-2] != query.shape[2]
 
 
 def attend_packed(attend: Attend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

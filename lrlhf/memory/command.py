@@ -5,9 +5,8 @@ import re
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LightningArgumentParser
 
-from lrlhf.cli.lightning import ConfigCLI, class_of
+from lrlhf.cli.lightning import ConfigCLI, Parser, class_of
 from lrlhf.errors import UserError
 from lrlhf.memory.job import Job
 from lrlhf.memory.measure import measure, small
@@ -28,7 +27,7 @@ KINDS = (
 )
 
 
-def add_options(parser: LightningArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """The memory that a run needs, from its config alone: no stage before need have run, no weight is read."""
     parser.add_argument(
         "--gpu-memory",

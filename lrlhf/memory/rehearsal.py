@@ -20,13 +20,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lrlhf.cli.lightning import Parser
 from lrlhf.errors import UserError
 from lrlhf.functional import exact_kl, logprobs, position_ids
+from lrlhf.kernels.install import install
 from lrlhf.memory.job import Job
 from lrlhf.memory.ledger import Ledger
 from lrlhf.metrics import Means
 from lrlhf.model.architecture import text_config
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.generation import choose
-from lrlhf.model.pretrained import first_line, with_cpu_kernels
+from lrlhf.model.pretrained import first_line
 from lrlhf.modules.base import AlignmentModule
 from lrlhf.run.handover import Handover
 from lrlhf.types import Experience, Preferences, Prompts, Rollout, Sequences
@@ -201,7 +202,7 @@ def _rehearse(job: Job, layers: int | None) -> tuple[Moments, Base]:
         module.build_roles()
     backbone.eval()
     for model in (backbone.model, *backbone.copies.values()) if job.on_cpu else ():
-        with_cpu_kernels(model)
+        install(model)
     ledger = Ledger(vocabulary=text_config(backbone.model).vocab_size)
     with _as_on(job), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         _make_fake(backbone)

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lrlhf.config import LoRA
 from lrlhf.errors import UserError
+from lrlhf.kernels.install import enabled
 from lrlhf.kernels.low_rank import add_low_rank
 from lrlhf.model.architecture import text_config, trunk
 
@@ -86,12 +87,12 @@ def _usual_targets(model: Any) -> Any:
 class AdaptedLinear(LoraLinear):
     """peft's linear layer under plain adapters, in fewer passes over memory; peft does DoRA, dropout and biases."""
 
-    held: list[tuple[Tensor, Tensor]] | None = None
+    cached: list[tuple[Tensor, Tensor]] | None = None
     """The factors in the base's type while a role runs without gradients: sampling would make them for each token."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]: the layer beneath, and W x + (alpha / r) B A x for each active adapter in turn."""
-        factors = self.factors() if self.held is None or torch.is_grad_enabled() else self.held
+        factors = self.factors() if self.cached is None or torch.is_grad_enabled() else self.cached
         if factors is None:
             return super().forward(x)
         result = self.base_layer(x)
@@ -108,10 +109,10 @@ class AdaptedLinear(LoraLinear):
         layers: Any = [(self.lora_A[name], self.lora_B[name], self.scaling[name]) for name in names]
         return [(down.weight, up.weight * scale) for down, up, scale in layers]
 
-    def hold(self, dtype: torch.dtype | None) -> None:
+    def cache_factors(self, dtype: torch.dtype | None) -> None:
         """Keep the factors in `dtype` until the next call, which must come before they change; None keeps none."""
         factors = self.factors() if dtype else None
-        self.held = factors and [(down.to(dtype), up.to(dtype)) for down, up in factors]
+        self.cached = factors and [(down.to(dtype), up.to(dtype)) for down, up in factors]
 
     def _is_plain(self, name: str) -> bool:
         dropout = self.lora_dropout[name]
@@ -167,8 +168,8 @@ class Adapters:
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: this adapter cannot be loaded on this base ({error}).") from error
 
-    def activate(self, stack: Sequence[str], *, hold: bool) -> None:
-        """Let exactly these adapters work; `hold` keeps their factors in the base's type (see `AdaptedLinear.hold`)."""
+    def activate(self, stack: Sequence[str], *, cache_factors: bool) -> None:
+        """Let exactly these adapters work; `cache_factors`: keep their factors in the base's type meanwhile."""
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
                 layer.cast_input_dtype_enabled = False
@@ -176,7 +177,7 @@ class Adapters:
                 if stack:
                     layer.set_adapter(list(stack))
             if isinstance(layer, AdaptedLinear):
-                layer.hold(self.model.dtype if hold else None)
+                layer.cache_factors(self.model.dtype if cache_factors else None)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """A and B of every layer."""
@@ -209,7 +210,7 @@ class Adapters:
     def _wrap(self, peft: PeftModel) -> None:
         self._peft = peft
         for module in self.model.modules():
-            if type(module) is LoraLinear:
+            if type(module) is LoraLinear and enabled():
                 module.__class__ = AdaptedLinear
 
     def _check_layers(self, adapter: str, targets: list[str] | str | None) -> str:

@@ -17,9 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lrlhf.errors import UserError
 from lrlhf.functional import position_ids
+from lrlhf.kernels.install import ATTENTION
 from lrlhf.kernels.packing import pack, packed_mask
 
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp"}
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp"}
 """Kinds of layers (`layer_types` of a config) that a mask keeps from looking at padding."""
 CACHES = ("past_key_values", "cache_params", "state")
 """What a decoder calls the memory that it makes for itself."""
@@ -47,15 +48,15 @@ def carries_state(model: Any) -> bool:
     """Whether a layer hands a state from token to token, so that padding and packed rows would leak into each other."""
     kinds = set(getattr(text_config(model), "layer_types", None) or ())
     convolutions = any(isinstance(module, nn.Conv1d) for module in trunk(model).modules())
-    return model._is_stateful or convolutions or not kinds <= ATTENTION
+    return model._is_stateful or convolutions or not kinds <= ATTENDING
 
 
-def packs(model: Any) -> bool:
-    """Whether attention is ours to take apart, in every layer, and reaches back as far as there are tokens."""
+def supports_packing(model: Any) -> bool:
+    """Whether rows may run packed, in one line: all layers are full attention, and attention is our kernel."""
     config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"moe", "mlp"}
     whole = kinds <= {"full_attention"} and not getattr(config, "sliding_window", None)
-    return config._attn_implementation == "lrlhf" and whole
+    return config._attn_implementation == ATTENTION and whole
 
 
 @torch.no_grad()

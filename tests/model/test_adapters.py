@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from lrlhf import PPOPolicy, UserError
-from lrlhf.config import OPTIONS, LoRA
+from lrlhf.config import LORA_OPTIONS, LoRA
 from lrlhf.functional import exact_kl
 from lrlhf.model.backbone import Backbone
 from tests.families import build, rows
@@ -37,8 +37,8 @@ NO_SINGLE_ADAPTER = [{"use_dora": True}, {"rank_pattern": {"q_proj": 4}, "use_rs
 
 def test_every_field_of_peft_is_carried_or_refused():
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields == OWN | REFUSED | set(OPTIONS)
-    assert set(CARRIED) == set(OPTIONS)
+    assert fields == OWN | REFUSED | set(LORA_OPTIONS)
+    assert set(CARRIED) == set(LORA_OPTIONS)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED | OWN))

@@ -26,7 +26,7 @@ from lrlhf.kernels.linear import AVAILABLE
 from lrlhf.kernels.low_rank import add_low_rank
 from lrlhf.model.adapters import AdaptedLinear
 from lrlhf.model.backbone import Backbone
-from lrlhf.model.pretrained import load_model, with_cpu_kernels, with_gates
+from lrlhf.model.pretrained import install, load_model
 from lrlhf.types import Sequences
 
 
@@ -514,8 +514,8 @@ def test_families_with_our_kernels_are_the_models_of_transformers(config, model)
     plain = model(config(**settings, **heads)).requires_grad_(False).eval()
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, mean=1 if parameter.ndim == 1 else 0, std=0.2)
-    fast = with_cpu_kernels(with_gates(copy.deepcopy(plain)))
-    changed = {type(m).__name__ for m in fast.modules() if type(m).__module__ == "lrlhf.model.pretrained"}
+    fast = install(copy.deepcopy(plain))
+    changed = {type(m).__name__ for m in fast.modules() if type(m).__module__ == "lrlhf.kernels.install"}
     assert changed == {"Linear", "RMSNorm", "GatedMLP"}
     inputs = torch.randn(2, 7, 32, requires_grad=True)
     states = [m.get_decoder()(inputs_embeds=inputs).last_hidden_state for m in (fast, plain)]
