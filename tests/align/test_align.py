@@ -77,8 +77,7 @@ def test_the_comparison_and_the_page_are_written(aligned):
     assert len(result["rows"]) == 6
     assert result["gold"] == "vader_sentiment"
     assert result["reward_model"]["pairs"] == 6
-    assert all(-1 <= row[side]["gold"] <= 1 for row in result["rows"] for side in ("before", "after"))
-    assert result["divergences"]["exact_kl"] >= 0
+    assert result["divergences"]["exact_kl"] > 0
     assert "<html" in (run / "report.html").read_text()
 
 

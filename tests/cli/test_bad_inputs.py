@@ -709,7 +709,6 @@ def test_bad_folders_and_checkpoints(name, lab, other_base, capsys):
 
 @cases(REPORT)
 def test_bad_reports(name, lab, capsys):
-    pytest.importorskip("lrlhf.align.report", exc_type=ImportError)
     arguments, words = REPORT[name]
     error = sentence(arguments(lab), capsys)
     assert all(word in error for word in words), error

@@ -65,7 +65,7 @@ def test_a_layer_that_carries_a_state_is_told_from_the_config_or_the_layers(fami
     model = lrlhf.model.backbone.load_model(family(name), torch.float32)
     assert lrlhf.model.architecture.carries_state(model)
     monkeypatch.setattr(type(model), "_is_stateful", False)
-    assert lrlhf.model.architecture.carries_state(model) or name == "rwkv"
+    assert lrlhf.model.architecture.carries_state(model) == (name != "rwkv")
 
 
 def test_a_family_that_a_quantised_base_cannot_be_is_refused_in_one_sentence(family):

@@ -30,10 +30,14 @@ def made(folder) -> Backbone:
 
 def test_greedy_responses_are_those_of_transformers(tiny_llama):
     ids, mask = prompts()
+    stops = torch.arange(2, 60)  # rows end at different steps
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    theirs = model.generate(ids, attention_mask=mask.long(), max_new_tokens=12, do_sample=False, pad_token_id=0)
-    ours, _ = sample(made(tiny_llama), ids, mask, Sampling(max_new_tokens=12, temperature=0), torch.zeros(6, 12))
-    assert torch.equal(ours, theirs[:, 7:] * (ours != 0) if theirs.shape[1] - 7 == ours.shape[1] else theirs[:, 7:])
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": stops.tolist()}
+    theirs = model.generate(ids, attention_mask=mask.long(), **settings)[:, 7:]
+    greedy = Sampling(max_new_tokens=12, temperature=0)
+    ours, ended = sample(made(tiny_llama), ids, mask, greedy, torch.zeros(6, 12), stops)
+    assert torch.equal(ours, theirs)
+    assert len(set(ended.sum(-1).tolist())) > 2
 
 
 def test_a_response_does_not_depend_on_the_rest_of_the_batch(tiny_llama):

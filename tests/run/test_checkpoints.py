@@ -117,16 +117,25 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoint_before(tmp_path):
 
 
 class Attack:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("true",)
+        return os.mkdir, (str(self.path),)
 
 
-def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
-    torch.save({"state_dict": Attack()}, tmp_path / "a.ckpt")
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    mark = tmp_path / "executed"
+    torch.save({"state_dict": Attack(mark)}, tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="more than tensors and plain values"):
         load(tmp_path / "a.ckpt")
     with pytest.raises(UserError, match="more than tensors"):
         SafeCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    assert not mark.exists()
+    torch.load(tmp_path / "a.ckpt", weights_only=False)
+    assert mark.exists(), "the file would have done it"
     (tmp_path / "b.ckpt").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UserError, match="no checkpoint, or damaged"):
         load(tmp_path / "b.ckpt")
