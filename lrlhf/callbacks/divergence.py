@@ -16,7 +16,7 @@ from lrlhf.functional import kl
 from lrlhf.functional.divergence import Divergence
 from lrlhf.functional.masked import masked_mean
 from lrlhf.modules.ppo_policy import PPOPolicy
-from lrlhf.modules.rollout_callback import RolloutCallback
+from lrlhf.modules.rollout_callback import RolloutCallback, stage
 from lrlhf.types import Rollout, Sequences
 
 
@@ -90,7 +90,7 @@ class DivergenceCallback(RolloutCallback):
         rows = total_number(len(rollout))
         per_response = float(total(values[_name(self.divergence)].sum()) / rows)
         metrics |= {"coefficient": self.coefficient, "penalty": self.coefficient * per_response}
-        policy.log_dict({f"{policy.stage}/{k}": float(v) for k, v in metrics.items()}, batch_size=int(rows))
+        policy.log_dict({f"{stage(trainer)}/{k}": float(v) for k, v in metrics.items()}, batch_size=int(rows))
         if self.controller and trainer.training:
             self.coefficient = self.controller.next(self.coefficient, per_response)
         return rewards - penalty

@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor
 
 from lrlhf.modules.ppo_policy import PPOPolicy
-from lrlhf.modules.rollout_callback import RolloutCallback
+from lrlhf.modules.rollout_callback import RolloutCallback, stage
 from lrlhf.types import Rollout
 
 
@@ -54,7 +54,7 @@ class SampleLog(RolloutCallback):
             for prompt, response, score, reward in zip(
                 prompts, responses, rollout.scores.tolist(), rewards.sum(-1).tolist(), strict=False
             ):
-                row = {"stage": policy.stage, "iteration": policy.iteration, "prompt": prompt, "response": response}
+                row = {"stage": stage(trainer), "iteration": policy.iteration, "prompt": prompt, "response": response}
                 file.write(json.dumps(row | {"score": round(score, 4), "reward": round(reward, 4)}) + "\n")
         self._written = path.stat().st_size
 

@@ -25,6 +25,7 @@ from lrlhf.model.generation import respond
 from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
 from lrlhf.model.quantization import refuse_paged
 from lrlhf.model.sharding import FSDP2Strategy, gathered, shard
+from lrlhf.modules.rollout_callback import stage
 from lrlhf.modules.self_check import check_passes, rounding, unequal_rows
 from lrlhf.run.checkpoints import refuse_other
 from lrlhf.run.handover import Handover
@@ -301,7 +302,7 @@ class AlignmentModule(L.LightningModule):
     @property
     def stage(self) -> str:
         """Before the names of what is logged: train, val or test."""
-        return "train" if self.trainer.training else "test" if self.trainer.testing else "val"
+        return stage(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
         """Reset here: a metric that was reset in the inference mode of `validate` could not be updated in `fit`."""

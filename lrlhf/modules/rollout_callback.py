@@ -17,3 +17,8 @@ class RolloutCallback(L.Callback):
 
     def on_rollout_end(self, trainer: L.Trainer, policy: Any, rollout: Rollout, rewards: Tensor) -> None:
         """Look, log, write; change nothing. rewards [B, R] are final."""
+
+
+def stage(trainer: L.Trainer) -> str:
+    """Before the names of what is logged: train, val or test."""
+    return "train" if trainer.training else "test" if trainer.testing else "val"

@@ -55,4 +55,3 @@ def test_a_line_is_known_by_its_mask():
     assert is_packed(query, packed_mask(torch.ones(2, 5, dtype=torch.bool), 4))
     assert is_packed(query, packed_mask(torch.tensor([[True] * 14, [False] * 14]), 0))
     assert not is_packed(query, torch.ones(1, 1, 14, 14, dtype=torch.bool))
-    assert not is_packed(query, None)

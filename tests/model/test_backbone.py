@@ -358,7 +358,7 @@ def test_a_preamble_runs_once_and_neither_padding_nor_last_tokens_run(backbone, 
     assert tokens_through(backbone, "policy", batch) == 30 + prompts + responses
     monkeypatch.setattr(Backbone, "_worth_sharing", lambda *_: 0)
     assert tokens_through(backbone, "policy", batch) == 4 * 30 + prompts + responses
-    monkeypatch.setattr(Backbone, "_packs", lambda *_: False)
+    monkeypatch.setattr(Backbone, "_runs_packed", lambda *_: False)
     assert tokens_through(backbone, "policy", batch) == 4 * (3 + 30 + 4 + 3)
 
 
@@ -387,7 +387,7 @@ def test_packing_changes_neither_states_nor_gradients(backbone, monkeypatch, rol
     for shared, packed in ((30, True), (0, True), (0, False)):
         assert shared in (0, backbone._worth_sharing(batch.prompt_ids, batch.prompt_mask))
         monkeypatch.setattr(backbone, "_worth_sharing", lambda *_, shared=shared: shared)
-        monkeypatch.setattr(backbone, "_packs", lambda packed=packed: packed)
+        monkeypatch.setattr(backbone, "_runs_packed", lambda packed=packed: packed)
         with backbone.role(role), backbone.training_pass(dropout=False):
             hidden = backbone.encode(batch)
             inputs = backbone.trainable(role)[: -2 if role == "critic" else None]
