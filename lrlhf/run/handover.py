@@ -83,8 +83,9 @@ class Handover:
             template: fingerprint of the prompt template, where there is one.
         """
         probe_score = score_probe(backbone, role, tokenizer) if role in backbone.heads else None
-        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch, old = (folder.with_name(f"{folder.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
+        for left in (scratch, old):
+            shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir(parents=True)
         try:
             backbone.save_role(role, scratch)  # which shards a gathered base: nothing may run after it
@@ -109,10 +110,12 @@ class Handover:
             )
             values = {k: v for k, v in asdict(handover).items() if k != "folder"}
             (scratch / "manifest.json").write_text(json.dumps(values, indent=2) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
             scratch.rename(folder)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            for left in (scratch, old):
+                shutil.rmtree(left, ignore_errors=True)
         return handover
 
     def load(self, backbone: Backbone, role: str) -> None:

@@ -169,5 +169,5 @@ def test_a_stage_that_was_interrupted_goes_on_and_one_that_was_changed_starts_af
     out = capsys.readouterr().out
     assert f"Going on from {checkpoint_path(again / 'ppo', 1)}" in out
     assert differences(tmp_path / "whole", again / "ppo")[0] == []
-    main([*arguments, "--run", str(again), "--ppo.model.init_args.discount", "0.9"])
+    main([*arguments, "--run", str(again), "--ppo.model.init_args.ppo.discount", "0.9"])
     assert "Going on from" not in capsys.readouterr().out

@@ -34,7 +34,7 @@ def make_run(tmp_path_factory, tiny_llama, data_files):
             "base_model": tiny_llama,
             "reward_function": f"{__name__}.letters",
             "lora": {"r": 2, "alpha": 4},
-            "minibatch_size": 4,
+            "ppo": {"minibatch_size": 4},
             "micro_batch_size": 4,
             "sampling": {"max_new_tokens": 6},
             "schedule": {"name": "constant", "warmup": 0},
@@ -75,7 +75,7 @@ def moved(make_run):
     )
     (run / "sft/stage.json").write_text('{"fingerprint": "x", "seconds": 1.5}')
     (run / "ppo/stage.json").write_text('{"fingerprint": "y", "seconds": 20.25}')
-    return run, comparison(run, gold="lrlhf.rewards.vader_sentiment", count=COUNT)
+    return run, comparison(run, gold=vader_sentiment, count=COUNT)
 
 
 def comparison(run, **options) -> dict:

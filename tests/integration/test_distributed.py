@@ -259,7 +259,7 @@ def test_lightning_s_own_fsdp_is_refused_in_code(tiny_llama):
     module = ppo(tiny_llama, lora=LoRA(r=2))
     module.trainer = L.Trainer(accelerator="cpu", strategy=OnCPU(), logger=False)
     with pytest.raises(UserError, match="use ddp or fsdp2"):
-        module.configure_callbacks()
+        module.setup("fit")
 
 
 def test_a_trainer_that_would_share_out_the_rows_again_is_refused(tiny_llama, data_files):

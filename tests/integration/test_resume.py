@@ -198,7 +198,7 @@ def test_a_hand_over_that_fails_costs_no_training(stage, configs, whole, tmp_pat
     assert differences(whole[stage], run)[0] == ["handover/manifest.json"]
     assert not list(run.glob("handover.*"))
     (run / "handover").unlink()
-    monkeypatch.setattr(AlignmentModule, "descend", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(AlignmentModule, "optimization_step", lambda *_: pytest.fail("trained again"))
     fit(configs[stage], run)
     assert differences(whole[stage], run)[0] == []
     assert (run / "handover/manifest.json").is_file()
