@@ -156,8 +156,10 @@ class Experience(Rollout):
         modulo `size`, so that all processes have equally many rows of it and it is the same piece for any `world_size`
         that divides `size`.
         """
-        shuffled = torch.rand(-(-len(self) * world_size // size), size, generator=generator).argsort(0)
+        rows = len(self) * world_size
+        # [pieces, size]: column r deals out the rows r, r + size, r + 2 size, ... at random, one to each piece (line).
+        shuffled = torch.rand(-(-rows // size), size, generator=generator).argsort(0)
         for piece in shuffled * size + torch.arange(size):
-            mine = piece[(piece % world_size == rank) & (piece < len(self) * world_size)] // world_size
+            mine = piece[(piece % world_size == rank) & (piece < rows)] // world_size
             if len(mine):
                 yield self.rows(mine.to(self.prompt_ids.device))

@@ -193,28 +193,32 @@ class Backbone(nn.Module):
         return states[:, : mask.shape[1]]
 
     def _states(self, sequences: Sequences, response_ids: Tensor, response_mask: Tensor) -> Tensor:
-        """Hidden states [B, N + 1, H] from the last prompt token on, of prompts and responses [B, N]."""
-        ids = torch.cat([sequences.prompt_ids, response_ids], dim=1)
+        """Hidden states [B, N + 1, H] from the last prompt token on, of prompts [B, P] and responses [B, N].
+
+        Where rows run packed, no padding runs, and what all prompts begin with runs once for all of them: the decoder
+        sees one line of tokens, [prefix | row 1 | row 2 | ...], and a mask that keeps the rows apart.
+        """
+        ids = torch.cat([sequences.prompt_ids, response_ids], dim=1)  # [B, P + N]
         mask = torch.cat([sequences.prompt_mask, response_mask], dim=1)
-        positions, last = position_ids(mask), sequences.prompt_ids.shape[1] - 1
+        positions, last_prompt = position_ids(mask), sequences.prompt_ids.shape[1] - 1
         prefix = self._worth_sharing(sequences.prompt_ids, sequences.prompt_mask)
         decoder = trunk(self._current())
         with self._compute_type():
             if self.by_length:
-                return _states_by_length(decoder, ids, mask)[:, last:]
+                return _states_by_length(decoder, ids, mask)[:, last_prompt:]
             if not self._runs_packed() or (not prefix and mask.all()):
                 output = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-                return output.last_hidden_state[:, last:]
-            cut = _first_column(sequences.prompt_mask) + prefix
-            first = sequences.prompt_mask[0].nonzero()[:prefix, 0]
-            behind = (mask & (positions >= prefix))[:, cut:]
+                return output.last_hidden_state[:, last_prompt:]
+            begin = _first_column(sequences.prompt_mask) + prefix  # no row has anything but prefix and padding before
+            first = sequences.prompt_mask[0].nonzero()[:prefix, 0]  # [prefix], where the prefix stands in the first row
+            behind = (mask & (positions >= prefix))[:, begin:]  # [B, T], the tokens of each row that are its own
             output = decoder(
-                input_ids=pack(ids[0, first], ids[:, cut:], behind),
-                position_ids=pack(positions[0, first], positions[:, cut:], behind),
+                input_ids=pack(ids[0, first], ids[:, begin:], behind),
+                position_ids=pack(positions[0, first], positions[:, begin:], behind),
                 attention_mask=packed_mask(behind, prefix),
                 use_cache=False,
             )
-        return unpack(output.last_hidden_state, prefix, behind)[:, last - cut :]
+        return unpack(output.last_hidden_state, prefix, behind)[:, last_prompt - begin :]
 
     def _runs_packed(self) -> bool:
         return self._stays_packed and supports_packing(self._current())

@@ -10,12 +10,19 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lrlhf.config import Gather
+from lrlhf.config import Gather, LoRA, Quantization
 from lrlhf.errors import UserError
 from lrlhf.model.backbone import Backbone
 
@@ -27,8 +34,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         gather: when passes without gradient (sampling, scoring, validation) get the parts of the base that a device
             does not hold. `rollout`: once, and keep them to the end of the rollout: fast, and every device holds the
             whole base meanwhile. `layer`: each layer whenever it runs: no device ever holds more than a layer and the
-            embeddings, and every token of a response costs as many messages as there are layers.
-        timeout: of every message; a process that is alone for longer stops with an error.
+            embeddings, and every token of a response costs as many collectives as there are layers.
+        timeout: of every collective; a process that is alone for longer stops with an error.
     """
 
     def __init__(self, gather: Gather = "rollout", timeout: timedelta = default_pg_timeout):
@@ -53,6 +60,26 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2, gathering once a rollout", gather="rollout")
 StrategyRegistry.register("fsdp2_by_layer", FSDP2Strategy, "FSDP2, gathering layer by layer", gather="layer")
+
+
+def check_strategy(strategy: Strategy, lora: LoRA | None, quantize: Quantization | None) -> None:
+    """Refuse a strategy under which a stage would train wrongly.
+
+    Raises:
+        UserError: naming another.
+    """
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
+        raise UserError(
+            f"trainer.strategy: {type(strategy).__name__} wraps the whole module, which trains wrongly with manual "
+            "optimization; use ddp or fsdp2."
+        )
+    if isinstance(strategy, FSDP2Strategy) and quantize is not None:
+        raise UserError(
+            f"FSDP does not shard a base in {quantize.kind} here; use ddp, where each device holds it whole "
+            "(7B in 4 bits: 4 GB), or model.quantize: null."
+        )
+    if isinstance(strategy, FSDP2Strategy) and lora is None:
+        raise UserError("FSDP shards the frozen base, and with model.lora: null nothing is frozen; use ddp.")
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
@@ -24,7 +23,7 @@ from lrlhf.model.backbone import Backbone
 from lrlhf.model.generation import respond
 from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
 from lrlhf.model.quantization import refuse_paged
-from lrlhf.model.sharding import FSDP2Strategy, gathered, shard
+from lrlhf.model.sharding import FSDP2Strategy, check_strategy, gathered, shard
 from lrlhf.modules.rollout_callback import stage
 from lrlhf.modules.self_check import check_passes, rounding, unequal_rows
 from lrlhf.run.checkpoints import refuse_other
@@ -159,25 +158,10 @@ class AlignmentModule(L.LightningModule):
         Raises:
             UserError: a trainer that would train this module wrongly, or whose settings would be without effect.
         """
-        self._refuse_trainer(self.trainer)
+        if self.trainer.precision != "32-true":
+            raise UserError(f"trainer.precision={self.trainer.precision} does not apply here; set model.dtype instead.")
+        check_strategy(self.trainer.strategy, self.lora, self.quantize)
         self.seed = distributed.gather_objects(torch.initial_seed())[0] % 2**31
-
-    def _refuse_trainer(self, trainer: L.Trainer) -> None:
-        strategy = trainer.strategy
-        if trainer.precision != "32-true":
-            raise UserError(f"trainer.precision={trainer.precision} does not apply here; set model.dtype instead.")
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
-            raise UserError(
-                f"trainer.strategy: {type(strategy).__name__} wraps the whole module, which trains wrongly with manual "
-                "optimization; use ddp or fsdp2."
-            )
-        if isinstance(strategy, FSDP2Strategy) and self.quantize is not None:
-            raise UserError(
-                f"FSDP does not shard a base in {self.quantize.kind} here; use ddp, where each device holds it whole "
-                "(7B in 4 bits: 4 GB), or model.quantize: null."
-            )
-        if isinstance(strategy, FSDP2Strategy) and self.lora is None:
-            raise UserError("FSDP shards the frozen base, and with model.lora: null nothing is frozen; use ddp.")
 
     def on_fit_start(self) -> None:
         """Check that the data speaks the parents' template, and begin with equal weights in all processes."""

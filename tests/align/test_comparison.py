@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from lrlhf.__main__ import main
 from lrlhf.align.comparison import compare, load_run
 from lrlhf.errors import UserError
+from lrlhf.rewards import vader_sentiment
 from lrlhf.run.checkpoints import load, newest_checkpoint
 from lrlhf.types import Sequences
 
@@ -92,8 +93,6 @@ def test_the_accuracy_is_that_of_the_last_validation_and_the_seconds_those_of_th
 
 
 def test_every_row_has_both_responses_to_one_prompt_with_their_scores_and_lengths(moved, data_files):
-    from lrlhf.rewards import vader_sentiment
-
     _, result = moved
     prompts = [json.loads(line)["instruction"] for line in Path(data_files["prompts"]).read_text().splitlines()]
     assert [row["instruction"] for row in result["rows"]] == prompts[:COUNT]
