@@ -75,7 +75,7 @@ def test_a_base_whose_rows_run_by_equal_length_is_refused(tiny_llama):
     backbone.by_length = True
     with pytest.raises(UserError, match=r"carries a state along the sequence\. Set trainer\.strategy: ddp"):
         shard(backbone, None, "rollout")
-    assert not backbone.lockstep
+    assert not backbone.synchronised
 
 
 def test_the_base_is_sharded_and_what_trains_lies_whole(tiny_llama, mesh):
@@ -84,7 +84,7 @@ def test_the_base_is_sharded_and_what_trains_lies_whole(tiny_llama, mesh):
     assert len(trained) == 2 * 2 * 8 + 2, "A and B of two adapters on q, k, v, o of two layers, and a head"
     shard(backbone, mesh, "rollout")
     assert sharded_names(backbone) == {name for name, _ in backbone.named_parameters()} - trained
-    assert (backbone.gather, backbone.lockstep) == ("rollout", True)
+    assert (backbone.gather, backbone.synchronised) == ("rollout", True)
 
 
 @pytest.mark.parametrize("gather", ["rollout", "layer"])
@@ -109,10 +109,10 @@ def test_a_base_that_is_not_sharded_is_left_alone(tiny_llama):
     before, places = states(backbone), [p.data_ptr() for p in backbone.parameters()]
     for always in (False, True):
         with gathered(backbone, always=always):
-            assert not backbone.lockstep
+            assert not backbone.synchronised
             assert [p.data_ptr() for p in backbone.parameters()] == places
             assert torch.equal(states(backbone), before)
-        assert not backbone.lockstep
+        assert not backbone.synchronised
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_inside_the_block_the_base_is_whole_unless_it_gathers_by_layer(tiny_llam
     layers, expected = of_layers(backbone), states(backbone)
     assert len(layers) == 2 * 9, "two layers of seven products and two norms"
     with gathered(backbone, always=always):
-        assert backbone.lockstep is not whole
+        assert backbone.synchronised is not whole
         for _ in range(2):  # a pass does not give it up
             assert of_layers(backbone) == (set() if whole else layers)
             assert torch.equal(states(backbone), expected)
     assert of_layers(backbone) == layers
-    assert backbone.lockstep is True
+    assert backbone.synchronised is True
     assert torch.equal(states(backbone), expected)
 
 
@@ -141,4 +141,4 @@ def test_an_error_inside_the_block_leaves_the_base_sharded(tiny_llama, mesh):
     with pytest.raises(ZeroDivisionError), gathered(backbone):
         raise ZeroDivisionError
     assert sharded_names(backbone) == parts
-    assert backbone.lockstep is True
+    assert backbone.synchronised is True
