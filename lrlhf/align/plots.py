@@ -1,10 +1,11 @@
 """The plots of a run, from its metrics.csv files: reward against divergence first."""
 
-import csv
 import math
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+import pandas as pd
+import yaml
 
 from lrlhf.errors import UserError
 
@@ -34,7 +35,7 @@ PLOTS = (  # stage, metric, title, unit, dotted guide, what to look for
      "May sink slowly; a collapse to 0 means that all responses become the same."),
 )  # fmt: skip
 
-Curves = dict[str, dict[int, float]]
+Curves = dict[str, pd.Series]
 """Metrics by name: the value at each step that logged it."""
 
 
@@ -47,24 +48,23 @@ class Plot(NamedTuple):
 
 
 def read_curves(path: Path) -> Curves:
-    """The columns of a CSVLogger file; none without the file."""
-    curves: Curves = {}
-    if path.is_file():
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            for row in csv.DictReader(file):
-                for name, cell in row.items():
-                    with suppress(ValueError, TypeError):  # empty, or the last line of a run that was killed
-                        step, value = int(row["step"]), float(cell)
-                        curves.setdefault(name, {})[step] = value
-    return curves
+    """The columns of a metrics.csv over its steps; none without the file. What is no number is left out."""
+    if not path.is_file():
+        return {}
+    table = pd.read_csv(path, dtype=str, encoding_errors="replace", on_bad_lines="skip")
+    if "step" not in table:
+        return {}
+    numbers = table.apply(pd.to_numeric, errors="coerce").dropna(subset="step").groupby("step").last()
+    return {name: curve for name in numbers if len(curve := numbers[name].dropna())}
 
 
-def make_plots(stages: dict[str, Curves]) -> list[Plot]:
-    """The plots whose metrics were logged."""
-    plots = [frontier_plot(stages["ppo"])]
+def make_plots(run: Path) -> list[Plot]:
+    """The plots whose metrics an align run logged."""
+    stages = {stage: read_curves(run / stage / "metrics.csv") for stage in ("sft", "reward", "ppo")}
+    plots = [frontier_plot(stages["ppo"], penalised_divergence(run, stages["ppo"]))]
     for stage, metric, title, unit, guide, hint in PLOTS:
         found = {"training": stages[stage].get(f"train/{metric}"), "held-out": stages[stage].get(f"val/{metric}")}
-        curves = {label: curve for label, curve in found.items() if curve}
+        curves = {label: curve for label, curve in found.items() if curve is not None}
         if curves:
             steps = "PPO iteration" if stage == "ppo" else "optimizer step"
             plots.append(Plot(f"{stage}_{metric}", hint, line_figure(title, steps, unit, curves, guide)))
@@ -76,7 +76,7 @@ def line_figure(title: str, steps: str, unit: str, curves: Curves, guide: float 
     figure, axes = _axes(title, steps, unit)
     for (label, curve), color in zip(curves.items(), ("#2563eb", "#ea580c"), strict=False):
         marker = "o" if len(curve) <= 40 else ""
-        axes.plot([s + 1 for s in curve], list(curve.values()), marker=marker, ms=3.5, lw=1.4, color=color, label=label)
+        axes.plot(curve.index + 1, curve.values, marker=marker, ms=3.5, lw=1.4, color=color, label=label)
     if guide is not None:
         axes.axhline(guide, color="#475569", lw=1.2, ls=":")
     if len(curves) > 1:
@@ -84,34 +84,31 @@ def line_figure(title: str, steps: str, unit: str, curves: Curves, guide: float 
     return figure
 
 
-def frontier_plot(ppo: Curves) -> Plot | None:
-    """What the policy paid in divergence for its score, iteration by iteration."""
-    name, score = penalty_divergence(ppo), ppo.get("train/score", {})
-    divergence = ppo.get(f"{DIVERGENCE}{name}", {})
-    steps = sorted(score.keys() & divergence.keys())
-    if not steps:
+def frontier_plot(ppo: Curves, name: str | None) -> Plot | None:
+    """What the policy paid in divergence for its score, iteration by iteration; None where one was not logged."""
+    both = [ppo.get("train/score"), ppo.get(f"{DIVERGENCE}{name}")]
+    if any(curve is None for curve in both):
         return None
+    points = pd.concat(both, axis=1, join="inner", keys=["score", "divergence"])
     distance = f"{name} from the reference, per token"
     figure, axes = _axes("Reward against divergence", distance, "score, mean of a rollout")
-    x, y = [divergence[step] for step in steps], [score[step] for step in steps]
-    axes.plot(x, y, color="#cbd5e1", lw=1, zorder=1)
-    points = axes.scatter(x, y, c=[step + 1 for step in steps], cmap="viridis", s=26, zorder=2)
-    figure.colorbar(points, label="PPO iteration")
+    axes.plot(points["divergence"], points["score"], color="#cbd5e1", lw=1, zorder=1)
+    dots = axes.scatter(points["divergence"], points["score"], c=points.index + 1, cmap="viridis", s=26, zorder=2)
+    figure.colorbar(dots, label="PPO iteration")
     hint = "The right is far from the reference. Good runs climb early; moving right without climbing pays for nothing."
     return Plot("reward_against_divergence", hint, figure)
 
 
-def penalty_divergence(ppo: Curves) -> str | None:
-    """The divergence that was penalised: the one for which penalty = coefficient * length * divergence per token."""
-    names = [name.removeprefix(DIVERGENCE) for name in ppo if name.startswith(DIVERGENCE)]
-    penalty, coefficient, length = (ppo.get(f"train/{name}", {}) for name in ("penalty", "coefficient", "length"))
-
-    def mismatch(name: str) -> float:
-        curve = ppo[DIVERGENCE + name]
-        steps = curve.keys() & penalty.keys() & coefficient.keys() & length.keys()
-        return sum(abs(penalty[s] - coefficient[s] * length[s] * curve[s]) for s in steps)
-
-    return min(names, key=lambda name: (mismatch(name), name != "kl"), default=None)
+def penalised_divergence(run: Path, ppo: Curves) -> str | None:
+    """The name of the divergence that the run's config penalises; without a config the only one that was logged."""
+    path = run / "ppo" / "config.yaml"
+    config = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if str(callback.get("class_path")).endswith("DivergenceCallback"):
+            return (callback.get("init_args") or {}).get("divergence", "kl").rpartition(".")[2]
+    logged = [name.removeprefix(DIVERGENCE) for name in ppo if name.startswith(DIVERGENCE)]
+    return logged[0] if len(logged) == 1 else None
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:

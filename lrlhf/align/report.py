@@ -6,7 +6,6 @@ nothing about another training seed. What a run folder lacks is left out; only c
 """
 
 import base64
-import html
 import json
 import math
 import unicodedata
@@ -15,7 +14,9 @@ from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple
 
-from lrlhf.align.plots import Plot, make_plots, read_curves
+from jinja2 import Environment, PackageLoader
+
+from lrlhf.align.plots import Plot, make_plots
 from lrlhf.cli.messages import CommandParser
 from lrlhf.errors import UserError
 
@@ -30,28 +31,6 @@ Z = NormalDist().inv_cdf(0.975)
 SIDES = ("before", "after")
 HEADINGS = ("", "Value", "95 % interval", "n")
 CAVEAT = "Intervals cover the choice of prompts, not another training seed."
-HEAD = """<!doctype html><html lang=en><meta charset=utf-8><title>lrlhf report</title>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1e293b }
-h1, h2, h3 { line-height: 1.25; margin: 0 } h2 { margin-top: 2.5rem } p { margin: .4rem 0 }
-.dim, figcaption { color: #64748b; font-size: .9rem }
-.verdict { background: #eff6ff; border-left: 4px solid #2563eb; padding: .8rem 1rem; margin: 1rem 0; font-weight: 600 }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-td, th { padding: .25rem .6rem; text-align: right; white-space: nowrap } td:first-child { padding-left: 1.4rem }
-td:first-child, th[colspan] { text-align: left; white-space: normal } th { color: #64748b; font-size: .85rem }
-th[colspan] { color: inherit; font-size: 1rem; padding-top: .9rem; border-bottom: 1px solid #cbd5e1 }
-.difference { font-weight: 600; background: #f1f5f9 } h3, pre { white-space: pre-wrap; overflow-wrap: anywhere }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem 1.5rem }
-.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
-figure { margin: .8rem 0 } img { width: 100%; height: auto } h3 { font-size: 1rem }
-article { border: 1px solid #e2e8f0; border-radius: .6rem; padding: 1rem; margin: 1rem 0 }
-pre { background: #f8fafc; border-radius: .4rem; padding: .7rem; margin: .4rem 0; font: inherit }
-@media (max-width: 34rem) { table { font-size: .8rem } td, th { padding: .2rem .3rem } }
-</style>
-"""
-
 Line = tuple[str, str, str, str]
 """Label, value, interval, n."""
 Row = dict[str, Any]
@@ -81,7 +60,7 @@ def main(arguments: list[str]) -> None:
 def write_report(run: Path) -> Path:
     """Write run/plots/*.png and run/report.html, and print the table; the path of the page."""
     comparison = read_comparison(run)
-    plots = make_plots({stage: read_curves(run / stage / "metrics.csv") for stage in ("sft", "reward", "ppo")})
+    plots = make_plots(run)
     folder, page = run / "plots", run / "report.html"
     folder.mkdir(exist_ok=True)
     for plot in plots:
@@ -250,37 +229,24 @@ def print_report(comparison: dict[str, Any]) -> None:
 
 
 def render_page(comparison: dict[str, Any], plots: list[Plot], folder: Path) -> str:
-    """The whole page: no script, no network, images inside."""
+    """The whole page: no script, no network, images inside, and every text of the run escaped."""
+    pages = Environment(loader=PackageLoader("lrlhf.align", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"printable": printable, "describe": describe}
     note, samples = choose_samples(comparison["rows"])
-    parts = [f"<h1>Before and after PPO</h1><p class=dim>{_safe(_subject(comparison))}</p>"]
-    parts += [f"<p class=verdict>{_safe(verdict(comparison))}</p>", _html_table(make_table(comparison))]
-    parts += [f"<p class=dim>{CAVEAT}</p>", "<h2>Training</h2><div class='grid plots'>" if plots else ""]
-    for plot in plots:
-        image = base64.b64encode((folder / f"{plot.name}.png").read_bytes()).decode()
-        parts += [f'<figure><img src="data:image/png;base64,{image}" alt="{plot.name}">']
-        parts += [f"<figcaption>{_safe(plot.hint)}</figcaption></figure>"]
-    parts += ["</div>" if plots else "", f"<h2>Samples</h2><p class=dim>{_safe(note)}</p>" if samples else ""]
-    for rank, row in samples:
-        parts += [f"<article><h3>{_safe(row['instruction'])}</h3><p class=dim>rank {rank}</p><div class=grid>"]
-        for side in SIDES:
-            parts += [f"<div><b>{side} PPO</b> <span class=dim>{_safe(describe(row[side]))}</span>"]
-            parts += [f"<pre>{_safe(row[side]['response'])}</pre></div>"]
-        parts += ["</div></article>"]
-    return HEAD + "\n".join(parts) + f"<p class=dim>{_safe(describe_seconds(comparison.get('seconds') or {}))}</p>"
-
-
-def _html_table(table: dict[str, list[Line]]) -> str:
-    rows = ["<tr>" + "".join(f"<th>{heading}</th>" for heading in HEADINGS) + "</tr>"]
-    for title, lines in table.items():
-        rows += [f"<tr><th colspan=4>{_safe(title)}</th></tr>"]
-        for line in lines:
-            mark = " class=difference" if line[0].startswith("difference") else ""
-            rows += [f"<tr{mark}>" + "".join(f"<td>{_safe(cell)}</td>" for cell in line) + "</tr>"]
-    return "<div class=scroll><table>" + "\n".join(rows) + "</table></div>"
-
-
-def _safe(text: str) -> str:
-    return html.escape(printable(text))
+    images = {plot.name: base64.b64encode((folder / f"{plot.name}.png").read_bytes()).decode() for plot in plots}
+    return pages.get_template("report.html.j2").render(
+        subject=_subject(comparison),
+        verdict=verdict(comparison),
+        headings=HEADINGS,
+        table=make_table(comparison),
+        caveat=CAVEAT,
+        plots=plots,
+        images=images,
+        note=note,
+        samples=samples,
+        sides=SIDES,
+        seconds=describe_seconds(comparison.get("seconds") or {}),
+    )
 
 
 def _subject(comparison: dict[str, Any]) -> str:

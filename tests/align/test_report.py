@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from scipy import stats
 
-from lrlhf.align.plots import make_plots, penalty_divergence, read_curves
+from lrlhf.align.plots import make_plots, penalised_divergence, read_curves
 from lrlhf.align.report import (
     choose_samples,
     difference,
@@ -173,27 +174,29 @@ def test_curves_skip_empty_cells_and_a_line_cut_off(tmp_path):
     file = tmp_path / "metrics.csv"
     file.write_text("epoch,step,train/loss,val/loss\n0,0,3.0,\n0,1,,2.5\n0,1,2.0,\n0,2,1.\n0,")
     curves = read_curves(file)
-    assert curves["train/loss"] == {0: 3.0, 1: 2.0, 2: 1.0}
-    assert curves["val/loss"] == {1: 2.5}
+    assert curves["train/loss"].to_dict() == {0: 3.0, 1: 2.0, 2: 1.0}
+    assert curves["val/loss"].to_dict() == {1: 2.5}
     assert read_curves(tmp_path / "none.csv") == {}
 
 
-def test_the_penalised_divergence_is_the_one_that_explains_the_penalty():
-    curves = {
-        "train/divergence/kl": {0: 0.04, 1: 0.08},
-        "train/divergence/js": {0: 0.01, 1: 0.03},
-        "train/coefficient": {0: 0.5, 1: 0.5},
-        "train/length": {0: 20.0, 1: 30.0},
-        "train/penalty": {0: 0.1, 1: 0.45},
-    }
-    assert penalty_divergence(curves) == "js"
-    del curves["train/penalty"]
-    assert penalty_divergence(curves) == "kl"
-    assert penalty_divergence({}) is None
+def test_the_penalised_divergence_is_the_one_of_the_config(tmp_path):
+    logged = {"train/divergence/kl": None, "train/divergence/js": None}
+    (tmp_path / "ppo").mkdir()
+    config = tmp_path / "ppo/config.yaml"
+    callback = {"class_path": "lrlhf.DivergenceCallback", "init_args": {"divergence": "lrlhf.functional.js"}}
+    for callbacks in ([{"class_path": "lrlhf.SampleLog"}, callback], callback):
+        config.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        assert penalised_divergence(tmp_path, logged) == "js"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": None}}))
+    assert penalised_divergence(tmp_path, logged) is None
+    assert penalised_divergence(tmp_path, {"train/divergence/kl": None}) == "kl"
+    config.unlink()
+    assert penalised_divergence(tmp_path, {"train/divergence/kl": None, "train/score": None}) == "kl"
+    assert penalised_divergence(tmp_path, {}) is None
 
 
-def test_no_metrics_make_no_plots():
-    assert make_plots({"sft": {}, "reward": {}, "ppo": {}}) == []
+def test_no_metrics_make_no_plots(tmp_path):
+    assert make_plots(tmp_path) == []
 
 
 # The page
@@ -224,7 +227,7 @@ def test_responses_are_shown_as_they_are_and_never_run(tmp_path, capsys):
     rows[0]["after"]["response"] = rows[0]["instruction"] = HOSTILE + "\x1b[2J\x00\ud800"
     text = write_report(make_run(tmp_path, rows=rows)).read_text(encoding="utf-8")
     assert "<script" not in text
-    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; [red]two[/red]\n  indented" in text
+    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; [red]two[/red]\n  indented" in text
     terminal = capsys.readouterr().out
     assert terminal.count("[red]two[/red]") == 2  # instruction and response
     assert "\x1b[2J" not in terminal
@@ -269,13 +272,19 @@ def test_a_single_iteration_is_plotted(tmp_path):
 
 
 def test_help_prints_the_usage(capsys):
-    main(["--help"])
-    assert "lrlhf report RUN_FOLDER" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "usage: lrlhf report" in (told := capsys.readouterr().out)
+    assert "run folder of lrlhf align" in told
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["--run"]])
-def test_wrong_usage_is_a_user_error(arguments):
-    with pytest.raises(UserError, match="expected one RUN_FOLDER"):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [([], "run must be given"), (["a", "b"], "unexpected argument b"), (["--runs"], "unknown option --runs")],
+)
+def test_wrong_usage_is_a_user_error(arguments, words):
+    with pytest.raises(UserError, match=words):
         main(arguments)
 
 
