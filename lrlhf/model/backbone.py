@@ -12,9 +12,8 @@ Run forward and backward of one role inside one `with backbone.role(...)`.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrlhf.config import DType, Gather, LoRA, Quantization
 from lrlhf.errors import UserError
@@ -41,6 +39,7 @@ from lrlhf.model.architecture import (
     trunk,
 )
 from lrlhf.model.pretrained import fingerprint_model, first_line, load_model
+from lrlhf.model.recompute import recompute_layers, set_dropout
 from lrlhf.types import Sequences
 
 WORTH_SHARING = 64
@@ -99,9 +98,7 @@ class Backbone(nn.Module):
         self.gather: Gather = "rollout"
         self._recomputes = gradient_checkpointing
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-            for layer in self._recomputed_layers(self.model):
-                layer._gradient_checkpointing_func = partial(_recompute, layer, layer._gradient_checkpointing_func)
+            recompute_layers(self.model)
 
     # Roles
 
@@ -290,16 +287,12 @@ class Backbone(nn.Module):
     def training_pass(self, *, dropout: bool) -> Iterator[None]:
         """Train mode for a forward and backward pass; without dropout only where gradient checkpointing looks at it."""
         self.train(dropout)
-        for layer in self._recomputed_layers(self) if self._recomputes else ():
-            layer.training, layer.drops = True, dropout
+        if self._recomputes:
+            set_dropout(self, dropout)
         try:
             yield
         finally:
             self.eval()
-
-    @staticmethod
-    def _recomputed_layers(model: nn.Module) -> list[Any]:
-        return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def _probe(self) -> Tensor | None:
         """Logits of eight tokens, in no role: of the base."""
@@ -396,19 +389,6 @@ class Backbone(nn.Module):
         """Write the stack of a role as ONE peft adapter, folder/adapter, of rank the sum of the stack's ranks."""
         self._adapters.export(self.stacks[role], folder)
         self._activate(self._role)
-
-
-def _recompute(layer: Any, checkpoint: Callable[..., Any], forward: Callable[..., Any], *inputs: Any) -> Any:
-    """A layer under gradient checkpointing, which wants it in train mode; some layers drop by that mode themselves."""
-
-    def run(*inputs: Any) -> Any:
-        layer.training = layer.drops
-        try:
-            return forward(*inputs)
-        finally:
-            layer.training = True
-
-    return checkpoint(run, *inputs)
 
 
 def _states_by_length(decoder: Any, ids: Tensor, mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.profiler import record_function
 from torchmetrics import Metric
 from transformers import get_scheduler
 
@@ -255,6 +256,17 @@ class AlignmentModule(L.LightningModule):
             optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
         return {"loss": total, "grad_norm": norm}
+
+    def supervised_step(self, losses: Iterable[Tensor]) -> None:
+        """One iteration of SFT or of the reward model: an optimizer step in the stage's role, and its log.
+
+        Args:
+            losses: of the micro-batches, made while they are taken, so that they are made in the role.
+        """
+        with record_function(UPDATE), self.backbone.role(self.role), self.backbone.training_pass(dropout=True):
+            metrics = self.optimization_step(losses)
+        self.log("loss", metrics["loss"], prog_bar=True, logger=False)
+        self.end_iteration(metrics)
 
     def refuse_nonfinite(self, what: str, remedy: str) -> None:
         """Stop, or count a step that the caller then skips; the weights have not changed.

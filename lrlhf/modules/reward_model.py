@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from jsonargparse.typing import NonNegativeFloat
 from torch import Tensor
-from torch.profiler import record_function
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAccuracy
 
 from lrlhf.config import check_ranges
 from lrlhf.distributed import total, total_number
 from lrlhf.functional import preference_loss
-from lrlhf.modules.base import UPDATE, AlignmentModule
+from lrlhf.modules.base import AlignmentModule
 from lrlhf.types import Preferences
 
 
@@ -52,11 +51,7 @@ class RewardModel(AlignmentModule):
     def training_step(self, batch: Preferences, batch_idx: int) -> None:
         """One optimizer step on one batch."""
         pairs = total_number(len(batch))
-        with record_function(UPDATE), self.backbone.role("reward"), self.backbone.training_pass(dropout=True):
-            losses = self.losses_of(batch, lambda piece: self.pair_loss(piece).sum() / pairs)
-            metrics = self.optimization_step(losses)
-        self.log("loss", metrics["loss"], prog_bar=True, logger=False)
-        self.end_iteration(metrics)
+        self.supervised_step(self.losses_of(batch, lambda rows: self.pair_loss(rows).sum() / pairs))
 
     @torch.no_grad()
     def validation_step(self, batch: Preferences, batch_idx: int) -> None:

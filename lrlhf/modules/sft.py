@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 from torchmetrics import MeanMetric
 
 from lrlhf.distributed import total
 from lrlhf.errors import UserError
 from lrlhf.functional import token_statistics
-from lrlhf.modules.base import UPDATE, AlignmentModule
+from lrlhf.modules.base import AlignmentModule
 from lrlhf.types import Sequences
 
 
@@ -38,11 +37,7 @@ class SFT(AlignmentModule):
     def training_step(self, batch: Sequences, batch_idx: int) -> None:
         """One optimizer step on one batch."""
         tokens = total(batch.response_mask.sum())
-        with record_function(UPDATE), self.backbone.role("sft"), self.backbone.training_pass(dropout=True):
-            losses = self.losses_of(batch, lambda piece: self.negative_log_likelihood(piece).sum() / tokens)
-            metrics = self.optimization_step(losses)
-        self.log("loss", metrics["loss"], prog_bar=True, logger=False)
-        self.end_iteration(metrics)
+        self.supervised_step(self.losses_of(batch, lambda rows: self.negative_log_likelihood(rows).sum() / tokens))
 
     @torch.no_grad()
     def validation_step(self, batch: Sequences, batch_idx: int) -> None:
