@@ -26,7 +26,7 @@ WORDING = (
     (r"Not of type \w+: does not conform to restriction v(.*)\. Got value: (.*)", r"expected a number \1, got \2"),
     (r"Not of type \w+: invalid literal for int\(\) with base 10: '(.*)'", r"expected a whole number, got \1"),
     (r"Not of type \w+: could not convert string to float: '(.*)'", r"expected a number, got \1"),
-    (r"Not of type \w+: (.*) does not match regular expression (.*)", r"expected \2, got \1"),
+    (r"Not of type \w+: (.*) does not match regular expression .*", r"expected what --help tells, got \1"),
     (r"Unable to load config '(.*?)' - .*", r"expected settings, such as accelerator: cpu, got \1"),
     (r"Expected list", r"expected a list"),
     (r"the following arguments are required: (?:\w+\.)?model", NO_MODULE.rstrip(".")),

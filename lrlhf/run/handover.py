@@ -110,7 +110,7 @@ class Handover:
             )
             values = {k: v for k, v in asdict(handover).items() if k != "folder"}
             (scratch / "manifest.json").write_text(json.dumps(values, indent=2) + "\n")
-            if folder.exists():
+            if folder.is_dir():
                 folder.rename(old)
             scratch.rename(folder)
         finally:

@@ -61,14 +61,15 @@ def test_a_callback_that_forgets_its_generator_is_found(config, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--kill-at", "later"], "--kill-at later must be random or iteration:K"),
-        (["--kill-at", "iteration:x"], "--kill-at iteration:x must be random or iteration:K"),
+        (["--kill-at", "later"], "config key kill_at: expected what --help tells, got later"),
+        (["--kill-at", "iteration:x"], "config key kill_at: expected what --help tells, got iteration:x"),
         (["--kill-at", "iteration:4"], "must lie before the last of --iterations"),
         (["--kill-at", "iteration:0"], "must lie before the last of --iterations"),
-        (["--iterations", "0"], "--iterations 0 must be a positive number"),
-        (["--iterations", "some"], "--iterations some must be a positive number"),
-        (["--kill-at"], "--kill-at needs a value"),
-        (["--no-such-option", "1"], "the fit failed by itself: "),
+        (["--iterations", "0"], "config key iterations: expected a number >0, got 0"),
+        (["--iterations", "some"], "config key iterations: expected a whole number, got some"),
+        (["--kill-at"], "--kill-at: expected one argument"),
+        (["--no-such-option", "1"], "unknown option --no-such-option"),
+        (["--data.train", "nowhere.jsonl"], "the fit failed by itself: lrlhf: error: data file nowhere.jsonl"),
     ],
 )
 def test_bad_options_are_one_sentence(arguments, named, config, capsys):
