@@ -100,12 +100,13 @@ def test_ppo_has_the_paper_s_numbers(resolve):
     files = [CONFIGS / "base.yaml", CONFIGS / "ppo.yaml", CONFIGS / "divergence/js_paper.yaml"]
     values = yaml.safe_load(resolve(*files).read_text())
     model, data = values["model"]["init_args"], values["data"]["init_args"]
+    ppo = model["ppo"]
     assert (model["lora"]["r"], model["lora"]["alpha"], model["lora"]["dropout"]) == (8, 64, 0.1)
-    assert (data["batch_size"], model["minibatch_size"], model["inner_epochs"]) == (256, 128, 2)
+    assert (data["batch_size"], ppo["minibatch_size"], ppo["inner_epochs"]) == (256, 128, 2)
     assert model["optimizer"]["init_args"]["lr"] == 1e-5
     assert model["optimizer"]["init_args"]["eps"] == 1e-5
-    assert (model["clip_range"], model["value_clip_range"], model["value_coefficient"]) == (0.2, 0.2, 0.1)
-    assert (model["discount"], model["trace_decay"], model["whiten_rewards"]) == (1.0, 0.95, True)
+    assert (ppo["clip_range"], ppo["value_clip_range"], ppo["value_coefficient"]) == (0.2, 0.2, 0.1)
+    assert (ppo["discount"], ppo["trace_decay"], ppo["whiten_rewards"]) == (1.0, 0.95, True)
     assert (data["max_prompt_tokens"], model["sampling"]["max_new_tokens"]) == (192, 300)
     callback = values["trainer"]["callbacks"][-1]["init_args"]
     assert (callback["divergence"], callback["coefficient"]) == ("lrlhf.functional.js_paper", 0.02)

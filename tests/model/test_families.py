@@ -90,9 +90,12 @@ def sft(base: str, **settings) -> SFT:
 
 
 FAULTS = {
-    "a state that sees neighbours": ("jamba", {"carries_state": lambda model: False, "packs": lambda model: True}),
+    "a state that sees neighbours": (
+        "jamba",
+        {"carries_state": lambda model: False, "supports_packing": lambda model: True},
+    ),
     "logits that are not scaled": ("granite", {"logits_of": lambda model: model.get_output_embeddings()}),
-    "a window that is not seen": ("mistral (sliding)", {"packs": lambda model: True}),
+    "a window that is not seen": ("mistral (sliding)", {"supports_packing": lambda model: True}),
     "a cache that is lost": ("rwkv", {"own_cache": lambda model: {"no_such_argument": None}}),
 }
 
