@@ -8,11 +8,11 @@ READY := .venv/.ready
 demo: $(READY)  ## SFT, reward model and PPO on a laptop CPU, then a report
 	$(RUN)/lrlhf align --config configs/demo/align.yaml
 
-test: $(READY)  ## the default suite
-	$(RUN)/python -m pytest -m "not slow"
+test: $(READY)  ## the default suite, a process for each core
+	$(RUN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 test-all: $(READY)  ## with the minutes-long checks
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n auto --dist worksteal
 
 check: $(READY)  ## style and types
 	$(RUN)/ruff check . && $(RUN)/ruff format --check . && $(RUN)/mypy

@@ -718,8 +718,6 @@ def test_bad_reports(name, lab, capsys):
     ("name", "case"),
     [
         ("unknown command", CONFIGS["unknown command"]),
-        ("align with an unknown stage", ALIGN["unknown stage"]),
-        ("align without a config", ALIGN["no config"]),
         ("missing output", ROWS["missing output"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -73,8 +73,21 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert found[key] == pytest.approx(value, abs=2e-4, rel=2e-3), key
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", ["SFT", "RewardModel", "PPOPolicy"])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        ("SFT", "ddp"),
+        ("RewardModel", "fsdp2"),
+        *(("PPOPolicy", strategy) for strategy in STRATEGIES),
+        pytest.param("SFT", "fsdp2", marks=slow),
+        pytest.param("SFT", "fsdp2_by_layer", marks=slow),
+        pytest.param("RewardModel", "ddp", marks=slow),
+        pytest.param("RewardModel", "fsdp2_by_layer", marks=slow),
+    ],
+)
 def test_two_processes_train_what_one_trains(kind, strategy, configs, alone, tmp_path):
     assert_same_run(alone[kind], run(configs[kind], tmp_path / "run", 2, "--trainer.strategy", strategy))
 
@@ -85,6 +98,7 @@ def test_two_processes_with_a_base_in_four_bits_train_what_one_trains(configs, t
     assert_same_run(one, run(configs["PPOPolicy"], tmp_path / "two", 2, "--trainer.strategy", "ddp", *options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_four_processes_train_what_one_trains(strategy, configs, alone, tmp_path):
     assert_same_run(alone["PPOPolicy"], run(configs["PPOPolicy"], tmp_path / "run", 4, "--trainer.strategy", strategy))
@@ -102,6 +116,7 @@ def test_torchrun_starts_the_processes(configs, alone, tmp_path):
     assert_same_run(alone["SFT"], folder)
 
 
+@pytest.mark.slow
 def test_lightning_starts_the_processes_itself(configs, alone, tmp_path):
     folder = tmp_path / "run"
     command = [
@@ -129,7 +144,9 @@ class OneEndsAtOnce(PPOPolicy):
         self.stop_ids = torch.arange(300) if self.global_rank else torch.tensor([9999])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("ddp", marks=slow), pytest.param("fsdp2", marks=slow), "fsdp2_by_layer"]
+)
 def test_a_process_whose_responses_are_all_short_does_not_hang_the_other(strategy, configs, tmp_path):
     name = f"{__name__}.OneEndsAtOnce"
     folder = run(configs["PPOPolicy"], tmp_path / "run", 2, "--trainer.strategy", strategy, "--model", name)
@@ -160,8 +177,13 @@ def drawing(tmp_path_factory):
     return write_configs(tmp_path_factory.mktemp("drawing"))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("kind", ["SFT", "PPOPolicy"])
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        ("PPOPolicy", "fsdp2"),
+        *(pytest.param(*of, marks=slow) for of in (("PPOPolicy", "ddp"), ("SFT", "ddp"), ("SFT", "fsdp2"))),
+    ],
+)
 def test_a_killed_process_ends_the_other_and_the_run_resumes_bit_for_bit(kind, strategy, drawing, tmp_path):
     options = ("--trainer.strategy", strategy)
     whole = run(drawing[kind], tmp_path / "whole", 2, *options)
@@ -174,7 +196,10 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes_bit_for_bit(kind, s
     assert compared > 500
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, "fsdp2"), ("ddp", 1), ("fsdp2", "ddp"), ("ddp", "fsdp2")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(1, "fsdp2"), ("ddp", 1), pytest.param("fsdp2", "ddp", marks=slow), pytest.param("ddp", "fsdp2", marks=slow)],
+)
 def test_a_run_moves_between_one_device_and_two(before, after, configs, alone, tmp_path):
     def options(where) -> tuple:
         return () if where == 1 else ("--trainer.strategy", where)

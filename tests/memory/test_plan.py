@@ -91,17 +91,19 @@ def test_static_bytes_are_a_count_by_hand(llama):
     assert phases["rollout"]["cache"] == 32 * 4 * layers * 2 * keys * (24 + 400 - 1)
 
 
-CONFIGS = [
+QUICK = [
+    {"prompt": 48, "response": 80, "gradient_checkpointing": True},
+    {"dtype": "bfloat16"},
+    {"lora": None, "sft": None, "gradient_checkpointing": True},
+    {"reward_model": None, "reward_function": "lrlhf.rewards.vader_sentiment"},
+]
+OTHERS = [
     {},
     {"gradient_checkpointing": True},
     {"prompt": 48, "response": 80},
-    {"prompt": 48, "response": 80, "gradient_checkpointing": True},
-    {"dtype": "bfloat16"},
     {"micro_batch_size": 2},
     {"lora": None, "sft": None},
-    {"lora": None, "sft": None, "gradient_checkpointing": True},
     {"lora": None, "sft": None, "prompt": 48, "response": 80},
-    {"reward_model": None, "reward_function": "lrlhf.rewards.vader_sentiment"},
 ]
 
 
@@ -130,7 +132,9 @@ def test_a_few_layers_tell_what_all_would(tmp_path, monkeypatch, settings):
     assert base.layers == 9
 
 
-@pytest.mark.parametrize("settings", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "settings", [*QUICK, *(pytest.param(more, marks=pytest.mark.slow) for more in OTHERS)], ids=str
+)
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(llama, settings):
     little = small(job(llama, **settings))
     plan, measured = Plan(little), measure(little)

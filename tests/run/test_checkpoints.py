@@ -5,8 +5,6 @@ import os
 import pickle
 import random
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,33 +69,42 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_in_silence(
     assert newest_checkpoint(tmp_path / "elsewhere") is None
 
 
-def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path):
-    """The process dies at every write call in turn; the file is the old one or the new one, whole."""
-    script = """
-import os, sys, torch
-from pathlib import Path
-from lrlhf.run.checkpoints import SafeCheckpointIO
-import builtins
-path, survive = Path(sys.argv[1]), int(sys.argv[2])
-opened = Path.open
 class Dying:
-    def __init__(self, file): self.file, self.left = file, survive
+    """A file whose process dies in the middle of its so-many-th write."""
+
+    def __init__(self, file, survive: int):
+        self.file, self.left = file, survive
+
     def write(self, data):
         if self.left == 0:
-            self.file.write(bytes(data)[: len(data) // 2]); self.file.flush(); os._exit(9)
+            self.file.write(bytes(data)[: len(data) // 2])
+            self.file.flush()
+            os._exit(9)
         self.left -= 1
         return self.file.write(data)
-    def __getattr__(self, name): return getattr(self.file, name)
-    def __enter__(self): return self
-    def __exit__(self, *e): self.file.close()
-Path.open = lambda self, *a, **k: Dying(opened(self, *a, **k))
-SafeCheckpointIO().save_checkpoint({"weights": torch.ones(5000)}, path)
-"""
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+@pytest.mark.parametrize("survive", range(6))
+def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch, survive):
+    """The process dies at a write call; the file is the old one, whole."""
     path = save(tmp_path / "a.ckpt")
-    for survive in (0, 2, 5):
-        done = subprocess.run([sys.executable, "-c", script, str(path), str(survive)], check=False)
-        assert done.returncode == 9
-        assert torch.equal(load(path)["weights"], STATE["weights"])
+    opened = Path.open
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Path, "open", lambda self, *a, **k: Dying(opened(self, *a, **k), survive))
+        SafeCheckpointIO().save_checkpoint({"weights": torch.ones(5000)}, path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert torch.equal(load(path)["weights"], STATE["weights"])
     save(path, {"weights": torch.ones(2)})
     assert len(load(path)["weights"]) == 2
 
