@@ -47,7 +47,7 @@ def missing_passes(passes: int) -> int:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says so."""
+    """Whether the flag is true in at least one process."""
     return bool(largest(int(flag)))
 
 
@@ -83,6 +83,6 @@ def gather_objects(item: object) -> list:
 
 
 def device() -> torch.device:
-    """Where a tensor must lie to be sent."""
+    """The device on which a tensor must lie to take part in a collective."""
     nccl = world_size() > 1 and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -30,7 +30,7 @@ class Sequences:
 
     @classmethod
     def of(cls, other: Sequences, **more: Tensor) -> Self:
-        """The fields of `other`, and those that this kind has more (or has anew)."""
+        """An object of this class with the fields of `other`, and `more`: fields that it lacks, or that replace its own."""
         return cls(**{f.name: getattr(other, f.name) for f in fields(other)} | more)
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Sequences:
         return replace(self, **{f.name: getattr(self, f.name).to(device, **options) for f in fields(self)})
 
     def rows(self, index: Tensor) -> Self:
-        """The rows of `index` [N] int64, without the padding columns that none of them needs."""
+        """The rows of `index` [N] int64, cut to the columns that the longest of them needs."""
         prompts, responses = self.prompt_mask[index], self.response_mask[index]
         columns = {
             "prompt": slice(int(prompts.any(0).int().argmax()), None),
@@ -78,7 +78,7 @@ class Sequences:
             yield index, self.rows(index)
 
     def blank(self) -> Self:
-        """One row of one prompt token and one response token that does not count."""
+        """A row that means nothing (a prompt token, a response token off the mask), for passes that only fill up."""
         first = {f.name: getattr(self, f.name).new_zeros((1, 1)[: getattr(self, f.name).ndim]) for f in fields(self)}
         return replace(self, **first | {"prompt_mask": ~first["prompt_mask"]})
 
@@ -104,7 +104,7 @@ class Preferences:
             yield index, Preferences(chosen, self.rejected.rows(index), self.margin[index])
 
     def blank(self) -> Preferences:
-        """One pair of blank sequences."""
+        """A pair that means nothing, for passes that only fill up."""
         return Preferences(self.chosen.blank(), self.rejected.blank(), self.margin.new_zeros(1))
 
 

@@ -73,7 +73,11 @@ class DivergenceCallback(RolloutCallback):
         check_ranges(self)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse to be silently without effect."""
+        """Refuse to run twice, or in a stage without rollouts, where it would silently do nothing.
+
+        Raises:
+            UserError: naming what to change.
+        """
         if sum(isinstance(c, DivergenceCallback) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise UserError("two DivergenceCallbacks would penalise twice; keep one, with also_log for the others.")
         if not hasattr(pl_module, "divergences"):
@@ -97,7 +101,7 @@ class DivergenceCallback(RolloutCallback):
 
     @property
     def state_key(self) -> str:
-        """By divergence, so that two of them live until `setup` refuses them in one sentence."""
+        """Different for each divergence: Lightning would refuse two callbacks of one key before `setup` can explain."""
         return self._generate_state_key(divergence=_name(self.divergence))
 
     def state_dict(self) -> dict[str, Any]:

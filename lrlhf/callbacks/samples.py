@@ -1,4 +1,4 @@
-"""People look rather than read: a few responses of every rollout, kept as they were."""
+"""SampleLog: a few responses of every rollout, kept in a file for people to read."""
 
 import json
 import os
@@ -39,7 +39,7 @@ class SampleLog(RolloutCallback):
         return {"written": self._written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Where to go on."""
+        """Take up the size that the file had when the checkpoint was written."""
         self._written = state_dict["written"]
 
     def on_rollout_end(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> None:

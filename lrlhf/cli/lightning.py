@@ -27,10 +27,10 @@ from lrlhf.run.metrics_csv import MetricsFile
 
 
 class Parser(OneSentence, LightningArgumentParser):
-    """Of a run's config."""
+    """The parser of a run's config: trainer, model and data."""
 
     def dump(self, cfg: Namespace, *arguments: Any, **options: Any) -> str:
-        """What is printed or saved is what runs, the keys that are linked included."""
+        """Write out a config, with the linked keys (data.task, data.tokenizer) filled in: it can be run as it is."""
         cfg = cfg.clone()
         if cfg.get("data.init_args.task") and cfg.get("model.class_path"):
             cfg["data.init_args.task"] = task_of(cfg.model)
@@ -116,7 +116,7 @@ class AlignmentCLI(LightningCLI):
         parser.add_argument("--fresh", action="store_true", help="fit: start over instead of going on in a run folder")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """From a list of arguments, also when the process has others of its own."""
+        """Parse this list of arguments, never those of the process, and check the checkpoint that it names."""
         if self.command:
             parser.inner = self._parser(self.command)  # type: ignore[attr-defined]
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
@@ -253,10 +253,10 @@ class ConfigCLI(AlignmentCLI):
         pass
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is made."""
+        """Skip what is done for a trainer that will run: none is made."""
 
     def instantiate_classes(self) -> None:
-        """Make nothing."""
+        """Skip the making of trainer, model and data."""
 
 
 def _refuse_unfit(model: L.LightningModule, data: L.LightningDataModule | None, command: str) -> None:

@@ -194,7 +194,7 @@ class AlpacaDataModule(L.LightningDataModule):
         return {"seed": self._seed, "epoch": epochs.processed, "start": start}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin the next loader there."""
+        """Let the next training loader begin where the checkpoint says."""
         self._position = state_dict
 
     # Rows
@@ -257,7 +257,7 @@ class AlpacaDataModule(L.LightningDataModule):
         return rows
 
     def _say(self, remark: str) -> None:
-        """Once, by one process, however many views read the file."""
+        """Log a remark about the data once, although several views may read the same file."""
         if remark not in self._remarks:
             self._remarks.add(remark)
             rank_zero_info(f"data: {remark}")

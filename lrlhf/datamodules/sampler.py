@@ -49,7 +49,7 @@ class BatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> "BatchSampler":
-        """Where Lightning looks for `set_epoch`: on the sampler inside a batch sampler, never on the batch sampler."""
+        """This object, since Lightning calls `set_epoch` on the sampler inside a batch sampler, never on itself."""
         return self
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,4 +1,4 @@
-"""What the allocator says of two real iterations, the second with the optimizer's state: the plan's counterpart."""
+"""Measures what `plan` predicts: memory during two real iterations, the second with the optimizer's state."""
 
 import gc
 import tempfile

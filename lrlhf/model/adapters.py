@@ -68,7 +68,10 @@ def _leaves(names: Iterable[str]) -> set[str]:
 
 
 def _experts(model: Any) -> set[str]:
-    """Names that peft takes for weights of experts, which are fused into one tensor, wherever else they stand."""
+    """Layer names that peft would take for experts whose weights are fused into one tensor.
+
+    peft matches these names anywhere in the model, also where a dense layer has the same name.
+    """
     fused = any(name.endswith("experts.down_proj") for name, _ in model.named_parameters())
     return {"gate_proj", "up_proj", "down_proj"} if fused else set()
 
@@ -102,7 +105,11 @@ class AdaptedLinear(LoraLinear):
         return result
 
     def factors(self) -> list[tuple[Tensor, Tensor]] | None:
-        """A [R, I] and (alpha / r) B [O, R], fp32, of each active adapter; None where they are not all there is."""
+        """The factors of each active adapter: A [R, I] and (alpha / r) B [O, R], both fp32.
+
+        Returns:
+            None where the adapters are more than that (DoRA, dropout, a bias, merged weights): peft then runs them.
+        """
         names: Any = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         if self.merged or not all(map(self._is_plain, names)):
             return None
@@ -110,7 +117,11 @@ class AdaptedLinear(LoraLinear):
         return [(down.weight, up.weight * scale) for down, up, scale in layers]
 
     def cache_factors(self, dtype: torch.dtype | None) -> None:
-        """Keep the factors in `dtype` until the next call, which must come before they change; None keeps none."""
+        """Cast the factors once and keep them, instead of casting them at every token of a response.
+
+        Args:
+            dtype: to keep them in; None drops what was kept. They must be dropped before the weights change.
+        """
         factors = self.factors() if dtype else None
         self.cached = factors and [(down.to(dtype), up.to(dtype)) for down, up in factors]
 
@@ -169,7 +180,12 @@ class Adapters:
             raise UserError(f"{folder}: this adapter cannot be loaded on this base ({error}).") from error
 
     def activate(self, stack: Sequence[str], *, cache_factors: bool) -> None:
-        """Let exactly these adapters work; `cache_factors`: keep their factors in the base's type meanwhile."""
+        """Switch these adapters on, in this order, and all others off.
+
+        Args:
+            stack: their names; none switches every adapter off.
+            cache_factors: keep their factors in the base's dtype meanwhile (`AdaptedLinear.cache_factors`).
+        """
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
                 layer.cast_input_dtype_enabled = False

@@ -23,19 +23,25 @@ from lrlhf.kernels.packing import pack, packed_mask
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention", "moe", "mlp"}
 """Kinds of layers (`layer_types` of a config) that a mask keeps from looking at padding."""
 CACHES = ("past_key_values", "cache_params", "state")
-"""What a decoder calls the memory that it makes for itself."""
+"""Names under which decoders take and return their cache: key-value pairs, or a state of their own."""
 
 
 def text_config(model: Any) -> Any:
-    """The config of the language model, also where it lies inside that of a model of text and images."""
+    """The config of the language model.
+
+    In models of text and images it lies inside the config of the whole.
+    """
     return model.config.get_text_config(decoder=True)
 
 
 def trunk(model: Any) -> Any:
-    """The module that makes the hidden states from which the LM head makes logits.
+    """The decoder: the module whose last hidden states the LM head turns into logits.
+
+    Args:
+        model: a causal language model of transformers.
 
     Raises:
-        UserError: there is none that can be told from the head.
+        UserError: the architecture has no decoder apart from its head.
     """
     apart = (model, model.get_output_embeddings())
     for found in (model.get_decoder(), model.base_model, getattr(model, "model", model)):
@@ -45,14 +51,20 @@ def trunk(model: Any) -> Any:
 
 
 def carries_state(model: Any) -> bool:
-    """Whether a layer hands a state from token to token, so that padding and packed rows would leak into each other."""
+    """Whether a layer passes a state from token to token (state-space models, convolutions, linear attention).
+
+    No attention mask reaches such a state: padding, or another row in the same line, would change it.
+    """
     kinds = set(getattr(text_config(model), "layer_types", None) or ())
     convolutions = any(isinstance(module, nn.Conv1d) for module in trunk(model).modules())
     return model._is_stateful or convolutions or not kinds <= ATTENDING
 
 
 def supports_packing(model: Any) -> bool:
-    """Whether rows may run packed, in one line: all layers are full attention, and attention is our kernel."""
+    """Whether rows may run packed, one behind the other in a single line of tokens.
+
+    That needs full attention in every layer, by our kernel, which keeps the rows apart.
+    """
     config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"moe", "mlp"}
     whole = kinds <= {"full_attention"} and not getattr(config, "sliding_window", None)
@@ -61,9 +73,13 @@ def supports_packing(model: Any) -> bool:
 
 @torch.no_grad()
 def comes_out_alike(model: Any, *, packed: bool) -> bool:
-    """Whether a row of five tokens comes out of the decoder as it does alone: padded, or packed behind another row.
+    """Whether the decoder gives a row the hidden states that it has alone, when it is padded or packed.
 
-    Some decoders count positions or make masks in ways of their own, which no config tells.
+    Tried on a row of five tokens, because some decoders count positions or build masks in ways that no config tells.
+
+    Args:
+        model: a causal language model of transformers; on the meta device nothing can be tried, and it counts as true.
+        packed: try it packed behind another row, instead of padded on the left beside it.
     """
     device = next(model.parameters()).device
     if device.type == "meta":
@@ -87,7 +103,14 @@ def comes_out_alike(model: Any, *, packed: bool) -> bool:
 
 
 def own_cache(model: Any) -> dict[str, Any]:
-    """The argument by which a decoder takes its own cache and gives it back, empty: None lets the decoder make it."""
+    """An empty cache, as the keyword argument under which this decoder takes it and returns it.
+
+    Returns:
+        One entry; its value is None where the decoder makes its cache itself.
+
+    Raises:
+        UserError: the decoder keeps no cache.
+    """
     taken = inspect.signature(trunk(model).forward).parameters
     name = next((name for name in CACHES if name in taken), None)
     if name is None:
@@ -97,9 +120,10 @@ def own_cache(model: Any) -> dict[str, Any]:
 
 
 class FinalLogits:
-    """The model's own way from hidden states to logits: its head, and whatever scales or caps after it.
+    """From hidden states to logits as the model itself does it: its head, and what scales or caps after the head.
 
-    The model's forward pass runs with a decoder that answers with the states at hand.
+    The model's own forward pass runs, while its decoder is replaced by one that returns the given hidden states; so
+    nothing of the model's last step has to be known here.
     """
 
     def __init__(self, model: Any):
@@ -118,7 +142,7 @@ class FinalLogits:
 
 
 class _Answer(BaseModelOutputWithPast):
-    """Hidden states, and None for whatever else a model asks its decoder for."""
+    """The output of the replaced decoder: hidden states, and None for anything else that the model reads from it."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -139,10 +163,12 @@ def _answering(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def logits_of(model: Any) -> nn.Module | FinalLogits:
-    """What maps hidden states to logits: the LM head where that is all, else the model's own last step.
+    """What maps hidden states to logits: the LM head if nothing follows it, else `FinalLogits`.
+
+    Both are compared on eight tokens, and on states a hundred times as large, where a soft cap shows.
 
     Raises:
-        UserError: the model's logits are not a function of its decoder's hidden states.
+        UserError: the model's logits depend on more than its decoder's last hidden states.
     """
     head, final = model.get_output_embeddings(), FinalLogits(model)
     weight = next(head.parameters())

@@ -163,7 +163,11 @@ class Backbone(nn.Module):
         return [self.get_parameter(name) for name in names]
 
     def _activate(self, role: str | None, *, cache_factors: bool = False) -> None:
-        """At rest (None) no adapter is active and the parameters of every trainable role require gradients."""
+        """Switch the adapters and gradients of a role on and all others off.
+
+        Outside any role (None) no adapter is active, and the parameters of every trainable role require gradients, so
+        that an optimizer and a checkpoint see them all.
+        """
         self._adapters.activate(self.stacks[role] if role else (), cache_factors=cache_factors)
         self.requires_grad_(False)
         for parameter in self.trainable(role):
@@ -181,9 +185,10 @@ class Backbone(nn.Module):
         return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
 
     def encode(self, sequences: Sequences) -> Tensor:
-        """Hidden states [B, R, H] before each response token, in the current role: they predict it and carry its value.
+        """Hidden states [B, R, H] in the current role, at the position BEFORE each response token.
 
-        No row's last token runs: nothing comes after it. What lies off the mask means nothing.
+        The LM head turns them into the distribution of that token, a scalar head into the value before it. The last
+        token of a row does not run, because nothing is predicted from it. States off the mask are undefined.
         """
         ids, mask = sequences.response_ids[:, :-1], sequences.response_mask
         states = self._states(sequences, ids, (mask & ~last_true(mask))[:, :-1])
@@ -221,9 +226,9 @@ class Backbone(nn.Module):
         return self._stays_packed and supports_packing(self._current())
 
     def _worth_sharing(self, prompt_ids: Tensor, prompt_mask: Tensor) -> int:
-        """How many first tokens, the same in all prompts, to run once for all rows: 0 if they are few.
+        """How many tokens, common to the beginning of all prompts, to run once instead of once a row.
 
-        Never under dropout, which differs by row.
+        0 if that saves fewer than WORTH_SHARING tokens, and in train mode, where dropout differs from row to row.
         """
         if self.training or not self._runs_packed():
             return 0
@@ -231,11 +236,15 @@ class Backbone(nn.Module):
         return prefix if prefix * (len(prompt_ids) - 1) >= WORTH_SHARING else 0
 
     def prefill(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Prompts [B, P] made ready for `next_token_logits`: what a shared prefix leaves of them to be run.
+        """Begin to sample: run the prefix that all prompts share into a cache, once, and say what is left to run.
+
+        Args:
+            ids: [B, P] int64, left-padded prompts.
+            mask: [B, P] bool.
 
         Returns:
-            ids [B, N], mask [B, S], positions [B, N] and a cache of S - N tokens; of a base that runs by length the
-            argument by which its decoder takes its own cache.
+            For `next_token_logits`: ids [B, N] that have not run, mask [B, S] over cached and new tokens, positions
+            [B, N], and the cache, which holds S - N tokens. A base that runs by length has its own kind of cache.
         """
         if self.by_length:
             return ids, mask, position_ids(mask), own_cache(self._current())
@@ -258,7 +267,17 @@ class Backbone(nn.Module):
         return model.get_output_embeddings() if self._plain_head else FinalLogits(model)
 
     def next_token_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Logits [B, V] after the last of the new tokens `ids` [B, N]; the cache holds what came before."""
+        """Run new tokens behind what the cache holds, add them to it, and predict the next.
+
+        Args:
+            ids: [B, N] int64, new tokens.
+            mask: [B, S] bool, over cached and new tokens.
+            positions: [B, N] int64, of the new tokens.
+            cache: of `prefill`; changed in place.
+
+        Returns:
+            Logits [B, V] after the last new token.
+        """
         decoder = trunk(self._current())
         with self._compute_type():
             if self.by_length:
@@ -275,17 +294,25 @@ class Backbone(nn.Module):
         return self.lm_head(output.last_hidden_state[:, -1])
 
     def values(self, hidden: Tensor) -> Tensor:
-        """The scalar head of the current role on hidden states: fp32 [..., H] to [...]."""
+        """The scalar head of the current role: hidden states [..., H] to fp32 [...], one number a position."""
         return self.heads[str(self._role)](hidden.float()).squeeze(-1)
 
     def scores(self, sequences: Sequences) -> Tensor:
-        """fp32 [B]: the scalar head on the last response token (the last prompt token of an empty response)."""
+        """One score a row, fp32 [B]: the scalar head of the current role at the last response token.
+
+        An empty response is scored at the last prompt token.
+        """
         hidden = self._states(sequences, sequences.response_ids, sequences.response_mask)
         return self.values(hidden[torch.arange(len(sequences), device=hidden.device), sequences.lengths])
 
     @contextmanager
     def training_pass(self, *, dropout: bool) -> Iterator[None]:
-        """Train mode for a forward and backward pass; without dropout only where gradient checkpointing looks at it."""
+        """The mode of a forward and backward pass, until the block ends.
+
+        Args:
+            dropout: train mode, as SFT and the reward model train. PPO passes False: its new log-probs must be computed
+                as the old ones were. Gradient checkpointing, which works in train mode alone, is served either way.
+        """
         self.train(dropout)
         if self._recomputes:
             set_dropout(self, dropout)
@@ -295,7 +322,7 @@ class Backbone(nn.Module):
             self.eval()
 
     def _probe(self) -> Tensor | None:
-        """Logits of eight tokens, in no role: of the base."""
+        """Logits of eight fixed tokens by the base without adapters; None on the meta device."""
         if next(self.model.parameters()).device.type == "meta":
             return None
         return self._whole_pass(torch.arange(8) % text_config(self.model).vocab_size)
@@ -313,7 +340,10 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def drift_of_base(self) -> float:
-        """Largest absolute change of the adapters-off probe logits since loading; 0 unless the base was written to."""
+        """Largest absolute difference between the base's probe logits now and when it was loaded, adapters off.
+
+        Exactly 0 unless something has written to the frozen base.
+        """
         assert self.probe_logits is not None
         before, self._role = self._role, None
         self._activate(None)

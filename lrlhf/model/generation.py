@@ -128,7 +128,7 @@ def sample_responses(
 def _by_length(
     backbone: Backbone, prompt_ids: Tensor, prompt_mask: Tensor, *, uniforms: Tensor, **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """As `sample_responses`: prompts of equal length together, so that none is padded."""
+    """`sample_responses` for a base that padding would change: prompts of equal length run together, unpadded."""
     groups, pieces = equally_long(prompt_mask), []
     for rows in groups:
         length = int(prompt_mask[rows[0]].sum())

@@ -117,7 +117,7 @@ def end_of_turn(tokenizer: Any) -> int:
 
 
 def stop_tokens(tokenizer: Any, model: Any, end: int, names: list[str] | None) -> list[int]:
-    """Every token that ends a response, the one that training writes first.
+    """Every token that ends a response; first the one that SFT appends to its demonstrations.
 
     Args:
         tokenizer: of the base.
@@ -140,7 +140,7 @@ def stop_tokens(tokenizer: Any, model: Any, end: int, names: list[str] | None) -
 
 
 def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | None = None) -> nn.Module:
-    """The causal language model, in `dtype`, its linear layers perhaps quantised.
+    """Load a causal language model and install our kernels in it.
 
     Under `torch.device("meta")` its shapes alone, unquantised, from config.json.
     """
@@ -213,5 +213,5 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's message, to be quoted in one sentence of ours."""
+    """The first line of an exception's text, without its full stop, to be quoted inside one of our sentences."""
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -41,7 +41,11 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def refuse_paged(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Raises UserError for a paged optimizer of bitsandbytes on a CPU, where it would quietly be an unpaged one."""
+    """Refuse a paged optimizer of bitsandbytes on a CPU, where it would silently be an unpaged one.
+
+    Raises:
+        UserError: naming the unpaged one.
+    """
     if getattr(optimizer, "is_paged", False) and device.type == "cpu":
         name = type(optimizer).__name__
         raise UserError(f"model.optimizer: {name} pages to the CPU and needs a GPU; use {name.removeprefix('Paged')}.")

@@ -105,7 +105,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
 
 @contextmanager
 def gathered(backbone: Backbone, *, always: bool = False) -> Iterator[None]:
-    """Hold the whole base until the block ends, so that passes without gradient need no other process.
+    """Gather the sharded base once and hold it until the block ends: passes inside then need no collective.
 
     Does nothing for a base that is not sharded, or, unless `always`, with `gather: layer`.
     """

@@ -105,11 +105,11 @@ class AlignmentModule(L.LightningModule):
     # Build
 
     def handover_folders(self) -> list[str]:
-        """The hand-over folders that this stage starts from."""
+        """The hand-over folders of earlier stages that this one starts from; their manifests are read at once."""
         return [self.sft] if self.sft else []
 
     def build_roles(self) -> None:
-        """Define the roles on `self.backbone`."""
+        """Define the roles of this stage on `self.backbone`, which holds the base alone so far."""
         raise NotImplementedError
 
     def make_backbone(self) -> Backbone:
@@ -139,7 +139,14 @@ class AlignmentModule(L.LightningModule):
             shard(self.backbone, self.trainer.strategy.device_mesh["data_parallel"], self.trainer.strategy.gather)
 
     def load_sft(self) -> tuple[str, ...]:
-        """Load the SFT adapter if there is one; the stack that everything else lies on."""
+        """Load the SFT adapter as the role `reference`, if the stage starts from one.
+
+        Returns:
+            The stack that every other adapter of this stage lies on: ("sft",), or () without one.
+
+        Raises:
+            UserError: the folder is not of an SFT run, or one of the two stages trains full models.
+        """
         if not self.sft:
             return ()
         sft = self.parents[self.sft]
@@ -165,14 +172,14 @@ class AlignmentModule(L.LightningModule):
         self.seed = distributed.gather_objects(torch.initial_seed())[0] % 2**31
 
     def on_fit_start(self) -> None:
-        """Check that the data speaks the parents' template, and begin with equal weights in all processes."""
+        """Check that the data uses the prompt template of the earlier stages, and give all processes equal weights."""
         rank_zero_info(self.backbone.summary())
         distributed.broadcast(self.backbone.trainable())
         for parent in self.parents.values():
             parent.check_template(self.template_fingerprint())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Before the first iteration of every fit: do our passes say what the model says?"""
+        """Before the first iteration of every fit, run the self-check on its batch."""
         self._check_batch(batch)
         if not self._checked:
             with gathered(self.backbone):
@@ -180,7 +187,7 @@ class AlignmentModule(L.LightningModule):
             self._checked = True
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Is this a batch of this stage?"""
+        """Refuse a batch of another kind than this stage works on."""
         self._check_batch(batch)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -203,12 +210,12 @@ class AlignmentModule(L.LightningModule):
         check_passes(self.backbone, self.role, text, self.stop_ids, rounding(self.dtype_name, self.quantize))
 
     def on_train_start(self) -> None:
-        """From here on every process draws its own dropout."""
+        """Give every process its own random numbers for dropout from here on; until now all had the same."""
         if self.global_rank:
             torch.manual_seed(self.seed + self.global_rank)
 
     def template_fingerprint(self) -> str | None:
-        """Of the data module's prompt template; None when plain loaders were given."""
+        """The fingerprint of the data module's prompt template; None if the trainer was given plain data loaders."""
         return getattr(self._template, "fingerprint", None)
 
     @property
@@ -283,7 +290,11 @@ class AlignmentModule(L.LightningModule):
         rank_zero_warn(f"{what} in iteration {self.iteration}: step skipped, {self.skipped} so far", stacklevel=2)
 
     def end_iteration(self, metrics: dict[str, float]) -> None:
-        """Move the schedule and the count on, and log."""
+        """Advance the learning-rate schedule and the iteration count by one, and log.
+
+        Args:
+            metrics: of the iteration; logged under `train/`, with the learning rate that it used.
+        """
         schedule = self.lr_schedulers()
         learning_rate = float(schedule.get_last_lr()[0])  # type: ignore[union-attr]
         schedule.step()  # type: ignore[union-attr]
@@ -334,12 +345,20 @@ class AlignmentModule(L.LightningModule):
             yield torch.zeros(0, dtype=torch.long), batch.blank()
 
     def losses_of(self, batch: Any, loss: Callable[[Any], Tensor]) -> Iterator[Tensor]:
-        """The loss of each micro-batch, a scalar; blank rows weigh nothing."""
+        """The loss of each micro-batch, a scalar, computed when it is asked for.
+
+        Args:
+            batch: of this process.
+            loss: from a micro-batch to a scalar.
+
+        Returns:
+            One loss a pass; that of a blank row, which only fills up the number of passes, is multiplied by 0.
+        """
         for index, piece in self.micro_batches(batch):
             yield loss(piece) if len(index) else 0 * loss(piece)
 
     def per_row(self, batch: Any, shape: Sequence[int], compute: Callable[[Any], Tensor]) -> Tensor:
-        """What `compute` says of each row of a batch, micro-batch by micro-batch.
+        """Run `compute` over the micro-batches of a batch and put its results back into the order of the rows.
 
         Args:
             batch: of B rows.
@@ -390,12 +409,12 @@ class AlignmentModule(L.LightningModule):
     # Save
 
     def trained(self) -> dict[str, Tensor]:
-        """The tensors that train, by their names in a checkpoint."""
+        """The parameters that train, each under the name that it has in a checkpoint."""
         ids = {id(p) for p in self.backbone.trainable()}
         return {name: p for name, p in self.named_parameters() if id(p) in ids}
 
     def identity(self) -> dict[str, Any]:
-        """What is not in a checkpoint and must be the same where it is loaded."""
+        """Fingerprints of what a checkpoint does not store; where it is loaded they must be the same."""
         return {
             "class": type(self).__qualname__,
             "base model": self.backbone.fingerprint,

@@ -83,7 +83,10 @@ def _refuse_difference(backbone: Backbone, what: str, difference: Tensor, allowe
 
 
 def unequal_rows(batch: Sequences | Prompts) -> Sequences:
-    """ROWS pieces of the batch's rows, each of another length: halves as prompt and response."""
+    """Text for the checks: ROWS pieces of the batch's rows, all of different lengths, so that padding occurs.
+
+    The first half of each piece stands for the prompt, the second for the response. Short batches are repeated.
+    """
     ids, mask = (batch.prompt_ids, batch.prompt_mask) if isinstance(batch, Prompts) else (batch.ids, batch.mask)
     found = [row[keep] for row, keep in zip(ids[:ROWS], mask[:ROWS], strict=True)]
     rows = [(found * ROWS)[i] if found else torch.arange(2, device=ids.device) for i in range(ROWS)]
@@ -99,7 +102,11 @@ def unequal_rows(batch: Sequences | Prompts) -> Sequences:
 
 
 def _plain_logprobs(backbone: Backbone, text: Sequences) -> tuple[Tensor, Tensor]:
-    """Of each response token [N], row after row, by the model's own forward pass; and of the likeliest in its place."""
+    """Log-probabilities by the model's own forward pass, one unpadded row at a time.
+
+    Returns:
+        Of each response token, and of the likeliest token in its place; both [N], row after row.
+    """
     taken, likeliest = [], []
     for prompt, first, response, second in zip(
         text.prompt_ids, text.prompt_mask, text.response_ids, text.response_mask, strict=True

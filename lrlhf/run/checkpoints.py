@@ -55,7 +55,11 @@ class Checkpoints(Checkpoint):
     # Between two iterations
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Come first: what other callbacks do at the start of an iteration belongs to that iteration."""
+        """Move to the front of the callbacks, and take over the reading and writing of checkpoints.
+
+        In front, because a checkpoint is written when an iteration starts: what other callbacks do at that moment
+        belongs to the iteration that follows.
+        """
         if not hasattr(pl_module, "iteration"):
             raise UserError(
                 f"Checkpoints counts the iterations of lrlhf's modules, which {type(pl_module).__name__} has none of; "
@@ -208,7 +212,7 @@ def refuse_other(checkpoint: dict[str, Any], identity: dict[str, Any], trained: 
 
 
 def _differing(there: Any, here: Any) -> str:
-    """The entries that differ, or the values."""
+    """What differs, as text: the entries of two mappings, or the two values."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = [key for key in there | here if there.get(key) != here.get(key)]
         return ", ".join(f"{key}: {there.get(key)}, here {here.get(key)}" for key in keys)
@@ -302,7 +306,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """A rename is on the disk only when its folder is."""
+    """Write a folder's entries to the disk: before that, a rename in it may be lost by a power cut."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -312,7 +316,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said, which torch wraps in a message about positions."""
+    """The operating system's own words, which torch wraps into an error about file positions."""
     while error.__context__ is not None and not isinstance(error, OSError):
         error = error.__context__
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

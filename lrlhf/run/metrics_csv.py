@@ -26,17 +26,17 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """None of its own."""
+        """Lightning asks for a name; there is one file a run, so it is empty."""
         return ""
 
     @property
     def version(self) -> str:
-        """There is one."""
+        """Lightning asks for a version; a run that goes on stays in its file, so it is empty."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The run folder."""
+        """The run folder, in which the file lies."""
         return str(self.path.parent)
 
     @rank_zero_only
@@ -54,7 +54,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *arguments: Any, **options: Any) -> None:
-        """They are in config.yaml."""
+        """Nothing: the run folder's config.yaml holds them."""
 
     def state_dict(self) -> dict[str, Any]:
         """How much is in the file."""

@@ -19,14 +19,14 @@ STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 
 
 class DeferredSignals:
-    """Notes the signals that somebody handles, and hands them on when asked."""
+    """Keeps signals that arrive during an iteration, and passes them to their handlers after it."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._handlers: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def take(self) -> None:
-        """Put this in the place of the handlers that are there; signals that nobody handles keep their effect."""
+        """Take the place of installed handlers, and of SIGTERM's default; other unhandled signals keep their effect."""
         if threading.current_thread() is not threading.main_thread():
             return
         for name in STOPPING:
