@@ -18,7 +18,13 @@ class Means:
         self._counts: dict[str, float] = {}
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add the values of `name` where `mask` is true (everywhere without one)."""
+        """Add the values of `name` where `mask` is true (everywhere without one).
+
+        Args:
+            name: of the quantity.
+            values: any shape.
+            mask: bool of the same shape.
+        """
         mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
         self._sums[name] = self._sums.get(name, 0.0) + float(masked_sum(values.detach().float(), mask))
         self._counts[name] = self._counts.get(name, 0.0) + int(mask.sum())
@@ -33,6 +39,12 @@ class Means:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 no better than a constant."""
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 is a perfect critic, 0 no better than a constant.
+
+    Args:
+        values: [B, R] of the critic.
+        returns: [B, R].
+        mask: [B, R] bool.
+    """
     variance = masked_variance(returns, mask, total)
     return float(1 - masked_variance(returns - values, mask, total) / variance) if variance > 0 else 0.0

@@ -30,7 +30,7 @@ class Sequences:
 
     @classmethod
     def of(cls, other: Sequences, **more: Tensor) -> Self:
-        """An object of this class with the fields of `other`, and `more`: fields that it lacks, or that replace its own."""
+        """An object of this class with the fields of `other`, and `more`: fields that it lacks, or that replace its."""
         return cls(**{f.name: getattr(other, f.name) for f in fields(other)} | more)
 
     def __len__(self) -> int:
@@ -72,7 +72,11 @@ class Sequences:
         return replace(self, **{f.name: take(f.name) for f in fields(self)})
 
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Self]]:
-        """Pieces of at most `size` rows of similar length, each with the index [N] of its rows. Saves memory only."""
+        """Pieces of at most `size` rows of similar length, each with the index [N] of its rows. Saves memory only.
+
+        Args:
+            size: rows of a piece at most.
+        """
         order = self.mask.sum(-1).argsort(descending=True, stable=True)
         for index in order.split(size) if len(self) else ():
             yield index, self.rows(index)
@@ -155,6 +159,12 @@ class Experience(Rollout):
         Process `rank` holds every `world_size`-th row of the batch. Each piece takes one row from every residue class
         modulo `size`, so that all processes have equally many rows of it and it is the same piece for any `world_size`
         that divides `size`.
+
+        Args:
+            size: rows of a piece over all processes; divisible by `world_size`.
+            generator: in the same state in all processes.
+            rank: of this process.
+            world_size: number of processes.
         """
         rows = len(self) * world_size
         # [pieces, size]: column r deals out the rows r, r + size, r + 2 size, ... at random, one to each piece (line).

@@ -85,7 +85,12 @@ def line_figure(title: str, steps: str, unit: str, curves: Curves, guide: float 
 
 
 def frontier_plot(ppo: Curves, name: str | None) -> Plot | None:
-    """What the policy paid in divergence for its score, iteration by iteration; None where one was not logged."""
+    """What the policy paid in divergence for its score, iteration by iteration; None where one was not logged.
+
+    Args:
+        ppo: what the PPO stage logged.
+        name: of the divergence.
+    """
     both = [ppo.get("train/score"), ppo.get(f"{DIVERGENCE}{name}")]
     if any(curve is None for curve in both):
         return None
@@ -100,7 +105,12 @@ def frontier_plot(ppo: Curves, name: str | None) -> Plot | None:
 
 
 def penalised_divergence(run: Path, ppo: Curves) -> str | None:
-    """The name of the divergence that the run's config penalises; without a config the only one that was logged."""
+    """The name of the divergence that the run's config penalises; without a config the only one that was logged.
+
+    Args:
+        run: folder of an align run.
+        ppo: what its PPO stage logged.
+    """
     path = run / "ppo" / "config.yaml"
     config = yaml.safe_load(path.read_text()) if path.is_file() else {}
     callbacks = (config.get("trainer") or {}).get("callbacks") or []

@@ -104,6 +104,10 @@ def wilson_interval(share: float, n: int) -> Estimate:
     """(p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n): within [0, 1], and right for small n.
 
     Wilson (1927), "Probable inference, the law of succession, and statistical inference".
+
+    Args:
+        share: p, in [0, 1].
+        n: number of trials.
     """
     if n < 1:
         return Estimate(share, math.nan, math.nan, n)
@@ -119,7 +123,12 @@ def paired(rows: list[Row], key: str) -> list[tuple[float, float]]:
 
 
 def difference(rows: list[Row], key: str) -> Estimate:
-    """Of after - before, paired by prompt."""
+    """Of after - before, paired by prompt.
+
+    Args:
+        rows: of comparison.json.
+        key: of a number of each response.
+    """
     return mean_interval([after - before for before, after in paired(rows, key)])
 
 
@@ -171,7 +180,12 @@ def _line(label: str, estimate: Estimate, style: str) -> Line:
 
 
 def choose_samples(rows: list[Row], count: int = 5) -> tuple[str, list[tuple[int, Row]]]:
-    """How they were chosen, and (rank, row) at evenly spaced ranks of the difference, from the largest fall up."""
+    """How they were chosen, and (rank, row) at evenly spaced ranks of the difference, from the largest fall up.
+
+    Args:
+        rows: of comparison.json.
+        count: samples at most.
+    """
     key = "gold" if len(paired(rows, "gold")) == len(rows) else "learned"
     ranked = sorted(rows, key=lambda row: row["after"][key] - row["before"][key])
     places = dict.fromkeys(round(i * (len(ranked) - 1) / (count - 1)) for i in range(count)) if ranked else {}
@@ -229,7 +243,13 @@ def print_report(comparison: dict[str, Any]) -> None:
 
 
 def render_page(comparison: dict[str, Any], plots: list[Plot], folder: Path) -> str:
-    """The whole page: no script, no network, images inside, and every text of the run escaped."""
+    """The whole page: no script, no network, images inside, and every text of the run escaped.
+
+    Args:
+        comparison: the contents of comparison.json.
+        plots: to show.
+        folder: that holds their images.
+    """
     pages = Environment(loader=PackageLoader("lrlhf.align", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters |= {"printable": printable, "describe": describe}
     note, samples = choose_samples(comparison["rows"])

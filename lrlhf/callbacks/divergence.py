@@ -40,7 +40,12 @@ class AdaptiveCoefficient:
         check_ranges(self)
 
     def next(self, coefficient: float, divergence: float) -> float:
-        """The coefficient after an iteration whose responses had this divergence on average; NaN moves nothing."""
+        """The coefficient after an iteration whose responses had this divergence on average; NaN moves nothing.
+
+        Args:
+            coefficient: of this iteration.
+            divergence: of its responses, summed over tokens, mean over responses.
+        """
         if not math.isfinite(divergence):
             return coefficient
         error = min(max(divergence / self.target - 1, -self.limit), self.limit)

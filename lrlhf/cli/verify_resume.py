@@ -93,7 +93,12 @@ def _fit(config: Path, run: Path, kill: Callable[[float], bool] | None = None) -
 
 
 def differences(one: Path, other: Path) -> tuple[list[str], int]:
-    """Names of what differs between the ends of two runs, and how much was compared."""
+    """Names of what differs between the ends of two runs, and how much was compared.
+
+    Args:
+        one: a run folder.
+        other: another.
+    """
     trees = []
     for run in (one, other):
         newest = newest_checkpoint(run)

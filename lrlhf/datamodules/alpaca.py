@@ -316,6 +316,11 @@ def take_split(rows: Sequence[Row], splits: dict[str, int | None], name: str) ->
 
     Rows with one prompt stay together, so a split may hold a few more than its size.
 
+    Args:
+        rows: all of the training files.
+        splits: sizes by name, in their order; one may be None, the rest.
+        name: of the split.
+
     Raises:
         UserError: the rows do not suffice for all splits.
     """

@@ -26,7 +26,12 @@ class Tokenized:
 
 
 def pad(rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L] int64, 0 on padding, and their mask [B, L] bool."""
+    """Token ids [B, L] int64, 0 on padding, and their mask [B, L] bool.
+
+    Args:
+        rows: token ids, of any lengths.
+        left: pad on the left, else on the right.
+    """
     width = max(map(len, rows), default=1)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)

@@ -23,7 +23,12 @@ class Template(ABC):
 
     @abstractmethod
     def render(self, row: Row, tokenizer: Any) -> str:
-        """The prompt's text."""
+        """The prompt's text.
+
+        Args:
+            row: of the data.
+            tokenizer: of the base.
+        """
 
     def end_id(self, tokenizer: Any) -> int:
         """The token that ends a response."""

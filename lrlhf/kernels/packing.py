@@ -13,12 +13,24 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def pack(first: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-    """One line [1, P + N] of a prefix [P] and the N tokens of rows [B, T] that count, mask [B, T] bool."""
+    """One line [1, P + N] of a prefix [P] and the N tokens of rows [B, T] that count, mask [B, T] bool.
+
+    Args:
+        first: [P], the prefix; may be empty.
+        rows: [B, T].
+        mask: [B, T] bool, the tokens that count.
+    """
     return torch.cat([first, rows[mask]])[None]
 
 
 def unpack(line: Tensor, prefix: int, mask: Tensor) -> Tensor:
-    """The rows [B, T, ...] of a line [1, P + N, ...], 0 off the mask [B, T] bool."""
+    """The rows [B, T, ...] of a line [1, P + N, ...], 0 off the mask [B, T] bool.
+
+    Args:
+        line: [1, P + N, ...].
+        prefix: P.
+        mask: [B, T] bool, with N true.
+    """
     return _spread(line[0, prefix:], mask)
 
 
@@ -38,7 +50,12 @@ def packed_mask(mask: Tensor, prefix: int) -> Tensor:
 
 
 def is_packed(query: Tensor, mask: Tensor) -> bool:
-    """Whether queries [B, H, T, D] are such a line: their mask is one of other rows."""
+    """Whether queries [B, H, T, D] are such a line: their mask is one of other rows.
+
+    Args:
+        query: [B, H, T, D]; of a line B is 1.
+        mask: [B, 1, T, S].
+    """
     return len(mask) != len(query) or mask.shape[-2] != query.shape[2]
 
 

@@ -66,7 +66,13 @@ def parse_size(text: str) -> int:
 
 
 def read(cli: ConfigCLI, *, gpu: bool = False, four_models: bool = False) -> Job:
-    """The job that a config describes; `gpu` is what accelerator `auto` means."""
+    """The job that a config describes; `gpu` is what accelerator `auto` means.
+
+    Args:
+        cli: a parsed config.
+        gpu: what accelerator `auto` means.
+        four_models: count the paper's layout.
+    """
     values, kind = cli.values(), class_of(cli.config.model)
     trainer, model, data = values["trainer"], values["model"], (values["data"] or {}).get("init_args", {})
     if kind is AlignmentModule or not issubclass(kind, AlignmentModule):

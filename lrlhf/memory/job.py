@@ -48,7 +48,12 @@ class Job:
         return value
 
     def change(self, key: str, value: Any) -> "Job":
-        """The same job with another setting of the module."""
+        """The same job with another setting of the module.
+
+        Args:
+            key: of the setting, dots for nested ones.
+            value: its new value.
+        """
         model = copy.deepcopy(self.model)
         *path, last = key.split(".")
         target = model["init_args"]

@@ -80,7 +80,13 @@ class Plan:
 
 
 def quantised(rows: int, columns: int, quantize: dict) -> int:
-    """Bytes of one weight in bitsandbytes' int8 (a scale a row) or 4 bits (a scale a block, quantised or not)."""
+    """Bytes of one weight in bitsandbytes' int8 (a scale a row) or 4 bits (a scale a block, quantised or not).
+
+    Args:
+        rows: of the weight.
+        columns: of the weight.
+        quantize: kind and double, as in a config.
+    """
     weights = rows * columns
     if quantize["kind"] == "int8":
         return weights + 4 * rows
@@ -93,6 +99,12 @@ def largest(plan: Plan, key: str, phases: tuple[Phase, ...], memory: int) -> int
     """The largest value of a row count at which these phases fit; 0 if none does.
 
     Bytes grow by the same amount with every row, so two rehearsals tell; a third checks what they told.
+
+    Args:
+        plan: of the job.
+        key: micro_batch_size or sampling.batch_size.
+        phases: that the setting changes.
+        memory: of the device, in bytes.
     """
     job = plan.job
     most = job.rows if key != "micro_batch_size" else job.minibatch_rows
@@ -113,7 +125,12 @@ def largest(plan: Plan, key: str, phases: tuple[Phase, ...], memory: int) -> int
 
 
 def remedies(plan: Plan, memory: int) -> Iterator[tuple[str, Plan]]:
-    """Changes one after the other, the cheapest in time first, until the plan fits; with each the plan after it."""
+    """Changes one after the other, the cheapest in time first, until the plan fits; with each the plan after it.
+
+    Args:
+        plan: that does not fit.
+        memory: of the device, in bytes.
+    """
     for key, value in _candidates(plan.job):
         if plan.fits(memory):
             return

@@ -128,7 +128,12 @@ class Mute:
 
 
 def keep_layers(model: Any, count: int) -> None:
-    """Leave out all but the first layers of a model that has no adapters yet."""
+    """Leave out all but the first layers of a model that has no adapters yet.
+
+    Args:
+        model: without adapters.
+        count: of layers to keep.
+    """
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and isinstance(next(iter(module), None), GradientCheckpointingLayer):
             del module[count:]
@@ -143,7 +148,12 @@ def instantiate(settings: dict[str, Any]) -> AlignmentModule:
 
 
 def sequences(rows: int, job: Job) -> Sequences:
-    """Rows of the longest prompts and responses there may be, of which one is a token shorter: so there is padding."""
+    """Rows of the longest prompts and responses there may be, of which one is a token shorter: so there is padding.
+
+    Args:
+        rows: how many.
+        job: for the lengths.
+    """
     prompt_mask = torch.ones(rows, job.prompt_tokens, dtype=torch.bool)
     prompt_mask[1:2, 0] = False
     prompts = torch.arange(rows * job.prompt_tokens).view(rows, -1) % 97 + torch.arange(rows)[:, None] + 3

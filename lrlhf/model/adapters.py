@@ -32,6 +32,10 @@ PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 def peft_config(lora: LoRA, model: Any) -> LoraConfig:
     """The settings of LoRA as peft spells them, for a model.
 
+    Args:
+        lora: the settings.
+        model: that the adapter is for.
+
     Raises:
         UserError: an option that peft refuses, or no targets are given and none are known for this family.
     """
@@ -152,6 +156,10 @@ class Adapters:
     def add(self, name: str, lora: LoRA) -> None:
         """A new adapter, with B = 0.
 
+        Args:
+            name: of the adapter.
+            lora: its settings.
+
         Raises:
             UserError: settings that fit no layer, or layers that take no adapter here.
         """
@@ -167,6 +175,10 @@ class Adapters:
 
     def load(self, name: str, folder: Path) -> None:
         """An adapter from its peft folder.
+
+        Args:
+            name: that it gets here.
+            folder: with adapter_config.json and adapter_model.safetensors.
 
         Raises:
             UserError: a file is missing or does not fit the base.
@@ -200,7 +212,12 @@ class Adapters:
         return [p for key, p in self.model.named_parameters() if "lora_" in key and name in key.split(".")]
 
     def save(self, stack: Sequence[str], folder: Path) -> None:
-        """Each adapter as an ordinary peft folder in `folder`."""
+        """Each adapter as an ordinary peft folder in `folder`.
+
+        Args:
+            stack: names of adapters.
+            folder: in which each gets a folder of its name.
+        """
         assert self._peft is not None
         self._peft.save_pretrained(str(folder), selected_adapters=list(stack), save_embedding_layers=False)
 
@@ -208,6 +225,10 @@ class Adapters:
         """Write a stack as ONE peft adapter, folder/adapter, of the summed rank, or say that none can hold it.
 
         DoRA's magnitudes do not concatenate, nor do rank-stabilised scales that differ from layer to layer.
+
+        Args:
+            stack: names of adapters, base side first.
+            folder: in which `adapter` is written.
         """
         model: Any = self._peft
         configs = [model.peft_config[adapter] for adapter in stack]

@@ -156,7 +156,14 @@ class Backbone(nn.Module):
             self._activate(before)
 
     def trainable(self, role: str | None = None) -> list[nn.Parameter]:
-        """The parameters that train in a role, or in any role."""
+        """The parameters that train in a role, or in any role.
+
+        Args:
+            role: its name; None for all roles together.
+
+        Returns:
+            Each parameter once.
+        """
         if role is not None:
             return [self.get_parameter(name) for name in self._trainable.get(role, ())]
         names = dict.fromkeys(name for names in self._trainable.values() for name in names)
@@ -329,7 +336,11 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def plain_logits(self, ids: Tensor) -> Tensor:
-        """Logits [N, V] of the tokens [N] of one row by the model's own forward pass, in the current role."""
+        """Logits [N, V] of the tokens [N] of one row by the model's own forward pass, in the current role.
+
+        Args:
+            ids: [N] int64.
+        """
         with self._compute_type():
             return self._whole_pass(ids)
 
@@ -383,7 +394,12 @@ class Backbone(nn.Module):
         return head
 
     def save_role(self, role: str, folder: Path) -> None:
-        """Write the stack of a role as ordinary peft folders (without LoRA: its model) and its head as safetensors."""
+        """Write the stack of a role as ordinary peft folders (without LoRA: its model) and its head as safetensors.
+
+        Args:
+            role: to save.
+            folder: to write into; it exists.
+        """
         if self.stacks[role]:
             self._adapters.save(self.stacks[role], folder)
         elif role in self._trainable:
@@ -394,6 +410,12 @@ class Backbone(nn.Module):
 
     def load_role(self, role: str, stack: tuple[str, ...], folder: Path, *, head: bool) -> None:
         """Define a frozen role from what `save_role` wrote; adapters that exist already are shared, not loaded twice.
+
+        Args:
+            role: its name here.
+            stack: its adapters, base side first.
+            folder: that `save_role` wrote.
+            head: whether it has a scalar head.
 
         Raises:
             UserError: a file is missing or does not fit the base.
@@ -416,7 +438,12 @@ class Backbone(nn.Module):
         self._activate(self._role)
 
     def export_adapter(self, role: str, folder: Path) -> None:
-        """Write the stack of a role as ONE peft adapter, folder/adapter, of rank the sum of the stack's ranks."""
+        """Write the stack of a role as ONE peft adapter, folder/adapter, of rank the sum of the stack's ranks.
+
+        Args:
+            role: with a stack of adapters.
+            folder: in which `adapter` is written.
+        """
         self._adapters.export(self.stacks[role], folder)
         self._activate(self._role)
 

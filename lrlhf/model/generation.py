@@ -16,6 +16,14 @@ def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """One token a row by inverting the cumulative distribution: logits [B, V], uniforms [B] in [0, 1) to int64 [B].
 
     A row's token depends on its own logits and its own uniform alone, never on its neighbours.
+
+    Args:
+        logits: [B, V], of the next token.
+        uniforms: [B] in [0, 1), one draw a row.
+        sampling: temperature, top_k and top_p.
+
+    Returns:
+        int64 [B].
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)

@@ -143,6 +143,11 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
     """Load a causal language model and install our kernels in it.
 
     Under `torch.device("meta")` its shapes alone, unquantised, from config.json.
+
+    Args:
+        base_model: hub id, folder, GGUF file or short name.
+        dtype: of the weights.
+        quantize: of the linear layers; None leaves them in `dtype`.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

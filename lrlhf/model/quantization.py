@@ -14,7 +14,12 @@ from lrlhf.errors import UserError
 
 
 def quantization_config(quantize: Quantization, dtype: torch.dtype) -> Any:
-    """The settings as transformers spells them; products are computed in `dtype` (int8: in 8 bits)."""
+    """The settings as transformers spells them; products are computed in `dtype` (int8: in 8 bits).
+
+    Args:
+        quantize: the settings.
+        dtype: of the base.
+    """
     from transformers import BitsAndBytesConfig
 
     if quantize.kind == "int8":

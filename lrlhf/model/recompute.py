@@ -20,7 +20,12 @@ def recompute_layers(model: Any) -> None:
 
 
 def set_dropout(model: nn.Module, dropout: bool) -> None:
-    """Put the layers into train mode, in which they run again, and say whether they drop out meanwhile."""
+    """Put the layers into train mode, in which they run again, and say whether they drop out meanwhile.
+
+    Args:
+        model: after `recompute_layers`.
+        dropout: whether layers may drop out.
+    """
     for layer in _layers(model):
         layer.training, layer.drops = True, dropout
 

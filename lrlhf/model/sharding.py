@@ -65,6 +65,11 @@ StrategyRegistry.register("fsdp2_by_layer", FSDP2Strategy, "FSDP2, gathering lay
 def check_strategy(strategy: Strategy, lora: LoRA | None, quantize: Quantization | None) -> None:
     """Refuse a strategy under which a stage would train wrongly.
 
+    Args:
+        strategy: of the trainer.
+        lora: of the module; None trains full models.
+        quantize: of the module.
+
     Raises:
         UserError: naming another.
     """
@@ -84,6 +89,11 @@ def check_strategy(strategy: Strategy, lora: LoRA | None, quantize: Quantization
 
 def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
     """Keep this process's part of the base alone: of every layer, and of the rest (embeddings, norm, LM head).
+
+    Args:
+        backbone: with its roles.
+        mesh: of the devices that share the base.
+        gather: when passes without gradient gather it.
 
     Raises:
         UserError: a base whose rows run by equal length, in as many passes as there are lengths in a process's rows.
@@ -108,6 +118,10 @@ def gathered(backbone: Backbone, *, always: bool = False) -> Iterator[None]:
     """Gather the sharded base once and hold it until the block ends: passes inside then need no collective.
 
     Does nothing for a base that is not sharded, or, unless `always`, with `gather: layer`.
+
+    Args:
+        backbone: sharded or not.
+        always: also with `gather: layer`.
     """
     if not backbone.synchronised or (backbone.gather == "layer" and not always):
         yield

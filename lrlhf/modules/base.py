@@ -278,6 +278,10 @@ class AlignmentModule(L.LightningModule):
     def refuse_nonfinite(self, what: str, remedy: str) -> None:
         """Stop, or count a step that the caller then skips; the weights have not changed.
 
+        Args:
+            what: is not finite, for the message.
+            remedy: what to try.
+
         Raises:
             UserError: unless `on_nonfinite` is skip.
         """
@@ -336,6 +340,9 @@ class AlignmentModule(L.LightningModule):
 
         Over a sharded base every process must make equally many passes: one with fewer pieces than another ends with
         pieces of one blank row, whose index is empty.
+
+        Args:
+            batch: with `micro_batches` and `blank`, such as those of `lrlhf.types`.
         """
         missing = 0
         if self.backbone.synchronised:
@@ -383,6 +390,11 @@ class AlignmentModule(L.LightningModule):
         """Responses of a role: ids and mask [B, R].
 
         The draws depend on the seed, `place` and the row's number in the batch over all processes, on nothing else.
+
+        Args:
+            prompts: of this process.
+            role: that responds.
+            place: where in the run it happens.
         """
         with self.backbone.role(role):
             return respond(
@@ -403,7 +415,12 @@ class AlignmentModule(L.LightningModule):
         ]
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Texts of responses, special tokens left out."""
+        """Texts of responses, special tokens left out.
+
+        Args:
+            ids: [B, R] int64.
+            mask: [B, R] bool.
+        """
         return [self.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in zip(ids, mask, strict=True)]
 
     # Save

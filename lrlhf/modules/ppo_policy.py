@@ -167,7 +167,12 @@ class PPOPolicy(AlignmentModule):
             self.optimize(experience)
 
     def rollout(self, batch: Prompts, *place: int | str) -> Rollout:
-        """Sample one response per prompt; its log-probs, values and score."""
+        """Sample one response per prompt; its log-probs, values and score.
+
+        Args:
+            batch: of prompts.
+            place: where in the run it happens, e.g. ("train", iteration); the draws depend on it and on the seed.
+        """
         with record_function(ROLLOUT):
             responses = self.sample(batch, "policy", *place)
         with record_function(SCORE):
@@ -175,14 +180,23 @@ class PPOPolicy(AlignmentModule):
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, batch: Prompts) -> Rollout:
-        """Log-probs of the policy, values of the critic and scores of responses."""
+        """Log-probs of the policy, values of the critic and scores of responses.
+
+        Args:
+            sequences: prompts with their responses, whoever sampled them.
+            batch: the prompts, whose texts a reward function gets.
+        """
         logprobs = self.logprobs(sequences, "policy")
         with self.backbone.role("critic"):
             values = self.per_row(sequences, sequences.response_mask.shape, self._values)
         return Rollout.of(sequences, logprobs=logprobs, values=values, scores=self.score(sequences, batch))
 
     def shape_rewards(self, rollout: Rollout) -> Tensor:
-        """Rewards [B, R]: the score on the last token, then folded over the callbacks in their order."""
+        """Rewards [B, R]: the score on the last token, then folded over the callbacks in their order.
+
+        Args:
+            rollout: of this process.
+        """
         rewards = last_true(rollout.response_mask) * rollout.scores[:, None]
         callbacks = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         for callback in callbacks:
@@ -195,7 +209,15 @@ class PPOPolicy(AlignmentModule):
         return rewards
 
     def estimate_advantages(self, rollout: Rollout, rewards: Tensor) -> Experience:
-        """Whiten rewards in scale, GAE, whiten advantages."""
+        """Whiten rewards in scale, GAE, whiten advantages.
+
+        Args:
+            rollout: of this process.
+            rewards: [B, R], with all penalties.
+
+        Returns:
+            The rollout with advantages of mean 0 and variance 1 over the response tokens of all processes, and returns.
+        """
         mask = rollout.response_mask
         scaled = whiten(rewards, mask, center=False, total=total) if self.ppo.whiten_rewards else rewards
         advantages, returns = generalized_advantages(
@@ -259,13 +281,26 @@ class PPOPolicy(AlignmentModule):
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, role: str) -> Tensor:
-        """Log-probabilities [B, R] fp32 of the response tokens under a role, at the sampling temperature."""
+        """Log-probabilities [B, R] fp32 of the response tokens under a role, at the sampling temperature.
+
+        Args:
+            sequences: prompts with their responses.
+            role: policy or reference.
+        """
         with self.backbone.role(role):
             return self.per_row(sequences, sequences.response_mask.shape, lambda rows: self.statistics(rows).logprobs)
 
     @torch.no_grad()
     def divergences(self, sequences: Sequences, functions: Sequence[Divergence]) -> list[Tensor]:
-        """Exact divergences [B, R] fp32 of policy and reference over the whole vocabulary, in chunks, in one pass."""
+        """Exact divergences [B, R] fp32 of policy and reference over the whole vocabulary, in chunks, in one pass.
+
+        Args:
+            sequences: prompts with their responses.
+            functions: of log-probabilities over the vocabulary, marked by `@over_vocabulary`.
+
+        Returns:
+            One tensor a function, 0 off the mask.
+        """
 
         def compute(rows: Sequences) -> Tensor:
             with self.backbone.role("policy"):
@@ -284,6 +319,10 @@ class PPOPolicy(AlignmentModule):
 
         A reward model reads its score at the end-of-sequence token and has seen no response without one; so it reads a
         response that was cut off as if it ended there. What cutting off costs is MissingEOSPenalty's to say.
+
+        Args:
+            sequences: prompts with their responses.
+            batch: the prompts, whose texts a reward function gets.
         """
         if self.reward_function is None:
             ended = append_end(sequences.response_ids, sequences.response_mask, self.stop_ids.to(self.device))

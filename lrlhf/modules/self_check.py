@@ -36,7 +36,12 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}
 
 
 def rounding(dtype: str, quantize: Quantization | None) -> float:
-    """What a base may round off, in nats a token (ROUNDING)."""
+    """What a base may round off, in nats a token (ROUNDING).
+
+    Args:
+        dtype: of the base.
+        quantize: how it is quantised, if it is.
+    """
     return ROUNDING["int8" if quantize and quantize.kind == "int8" else dtype]
 
 
@@ -134,6 +139,10 @@ def check_base(backbone: Backbone) -> None:
 def check_trainable(backbone: Backbone, trained: Sequence[str]) -> None:
     """Inside each role that trains exactly its own parameters require gradients; inside the others none does.
 
+    Args:
+        backbone: with its roles.
+        trained: names of the roles that train.
+
     Raises:
         UserError: one trains that should not, or the other way round.
     """
@@ -147,6 +156,12 @@ def check_trainable(backbone: Backbone, trained: Sequence[str]) -> None:
 
 def check_reward_model(backbone: Backbone, tokenizer: Any, handover: Handover, dtype: str) -> None:
     """The reward model scores the probe text as its manifest says.
+
+    Args:
+        backbone: with the role `reward`.
+        tokenizer: of the base.
+        handover: that the reward model came from.
+        dtype: of the base here.
 
     Raises:
         UserError: it does not.

@@ -225,6 +225,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write beside, flush to the disk, rename.
 
+        Args:
+            checkpoint: of Lightning: tensors and plain values.
+            path: of the file.
+            storage_options: not used.
+
         Raises:
             UserError: the disk is full or not writable; the checkpoint before is untouched.
         """
@@ -280,7 +285,12 @@ def is_whole(path: Path) -> bool:
 
 
 def checkpoint_path(run: Path, iteration: int) -> Path:
-    """Where a run keeps the state after so many iterations."""
+    """Where a run keeps the state after so many iterations.
+
+    Args:
+        run: the run folder.
+        iteration: how many iterations are done.
+    """
     return run / FOLDER / f"iteration={iteration:06d}.ckpt"
 
 

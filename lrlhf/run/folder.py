@@ -31,6 +31,10 @@ def clear(run: Path) -> None:
 def refuse_other_run(values: dict[str, Any], run: Path) -> bool:
     """Compare a config with the one that the run in this folder was started with.
 
+    Args:
+        values: the resolved config of this launch.
+        run: the run folder.
+
     Returns:
         Whether the two train equally long.
 

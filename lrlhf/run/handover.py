@@ -119,11 +119,21 @@ class Handover:
         return handover
 
     def load(self, backbone: Backbone, role: str) -> None:
-        """Define `role` on a backbone as the role that was handed over."""
+        """Define `role` on a backbone as the role that was handed over.
+
+        Args:
+            backbone: of the same base.
+            role: the name it gets there.
+        """
         backbone.load_role(role, self.stack, self.folder, head=self.head)
 
     def check(self, backbone: Backbone, tokenizer: str) -> None:
-        """Refuse another base or tokenizer than the role was trained on, naming what differs."""
+        """Refuse another base or tokenizer than the role was trained on, naming what differs.
+
+        Args:
+            backbone: that the role is to be loaded on.
+            tokenizer: fingerprint of its tokenizer.
+        """
         for what, ours, theirs in (
             ("base model", backbone.fingerprint, self.base),
             ("tokenizer", tokenizer, self.tokenizer),
@@ -145,7 +155,13 @@ class Handover:
 
 @torch.no_grad()
 def score_probe(backbone: Backbone, role: str, tokenizer: Any) -> float:
-    """The score of a fixed text by a role with a head."""
+    """The score of a fixed text by a role with a head.
+
+    Args:
+        backbone: with the role.
+        role: with a scalar head.
+        tokenizer: of the base.
+    """
     ids = torch.tensor([tokenizer(PROBE)["input_ids"]], device=next(backbone.parameters()).device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     with backbone.role(role):
