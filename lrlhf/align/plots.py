@@ -1,5 +1,6 @@
 """The plots of a run, from its metrics.csv files: reward against divergence first."""
 
+import csv
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -48,14 +49,24 @@ class Plot(NamedTuple):
 
 
 def read_curves(path: Path) -> Curves:
-    """The columns of a metrics.csv over its steps; none without the file. What is no number is left out."""
-    if not path.is_file():
+    """The columns of a metrics.csv over its steps; none without the file.
+
+    Empty cells and lines that were torn by a kill are left out; what is no finite number stays, as a gap in the line.
+    """
+    if not path.is_file() or not path.read_bytes().strip():
         return {}
-    table = pd.read_csv(path, dtype=str, encoding_errors="replace", on_bad_lines="skip")
+    table = pd.read_csv(
+        path, dtype=str, keep_default_na=False, encoding_errors="replace", on_bad_lines="skip", quoting=csv.QUOTE_NONE
+    )
     if "step" not in table:
         return {}
-    numbers = table.apply(pd.to_numeric, errors="coerce").dropna(subset="step").groupby("step").last()
-    return {name: curve for name in numbers if len(curve := numbers[name].dropna())}
+    table.index = pd.to_numeric(table["step"], errors="coerce")
+    curves = {}
+    for name, cells in table[table.index.notna()].items():
+        numbers = pd.to_numeric(cells[cells.notna() & (cells != "")], errors="coerce")
+        if len(numbers):
+            curves[str(name)] = numbers[~numbers.index.duplicated(keep="last")]
+    return curves
 
 
 def make_plots(run: Path) -> list[Plot]:
@@ -111,12 +122,15 @@ def penalised_divergence(run: Path, ppo: Curves) -> str | None:
         run: folder of an align run.
         ppo: what its PPO stage logged.
     """
-    path = run / "ppo" / "config.yaml"
-    config = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    try:
+        callbacks = yaml.safe_load((run / "ppo" / "config.yaml").read_text())["trainer"]["callbacks"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        callbacks = None
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if str(callback.get("class_path")).endswith("DivergenceCallback"):
-            return (callback.get("init_args") or {}).get("divergence", "kl").rpartition(".")[2]
+        if isinstance(callback, dict) and str(callback.get("class_path")).endswith("DivergenceCallback"):
+            divergence = (callback.get("init_args") or {}).get("divergence") or "kl"
+            path = divergence.get("class_path", "") if isinstance(divergence, dict) else str(divergence)
+            return path.rpartition(".")[2]
     logged = [name.removeprefix(DIVERGENCE) for name in ppo if name.startswith(DIVERGENCE)]
     return logged[0] if len(logged) == 1 else None
 

@@ -179,6 +179,26 @@ def test_curves_skip_empty_cells_and_a_line_cut_off(tmp_path):
     assert read_curves(tmp_path / "none.csv") == {}
 
 
+@pytest.mark.parametrize("text", ["", "\n", "epoch,loss\n0,1\n", "step,train/loss\n"])
+def test_a_file_without_a_curve_gives_none(tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text)
+    assert read_curves(tmp_path / "metrics.csv").get("train/loss") is None
+
+
+def test_a_quote_in_the_last_line_and_bytes_that_are_no_text_cost_a_cell(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b'step,train/loss\n0,1.0\n1,\xff\n2,"3.')
+    curve = read_curves(tmp_path / "metrics.csv")["train/loss"]
+    assert curve[0] == 1.0
+    assert math.isnan(curve[1])
+
+
+def test_a_step_that_diverged_is_a_gap_and_not_a_straight_line(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n1,nan\n2,3.0\n")
+    curve = read_curves(tmp_path / "metrics.csv")["train/loss"]
+    assert list(curve.index) == [0, 1, 2]
+    assert math.isnan(curve[1])
+
+
 def test_the_penalised_divergence_is_the_one_of_the_config(tmp_path):
     logged = {"train/divergence/kl": None, "train/divergence/js": None}
     (tmp_path / "ppo").mkdir()
@@ -190,7 +210,14 @@ def test_the_penalised_divergence_is_the_one_of_the_config(tmp_path):
     config.write_text(yaml.safe_dump({"trainer": {"callbacks": None}}))
     assert penalised_divergence(tmp_path, logged) is None
     assert penalised_divergence(tmp_path, {"train/divergence/kl": None}) == "kl"
+    for text in ("", "trainer: [", "3", "trainer: {callbacks: [lrlhf.SampleLog]}"):
+        config.write_text(text)
+        assert penalised_divergence(tmp_path, logged) is None
+    callback["init_args"]["divergence"] = {"class_path": "mine.Squared"}
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": callback}}))
+    assert penalised_divergence(tmp_path, logged) == "Squared"
     config.unlink()
+    assert penalised_divergence(tmp_path, logged) is None
     assert penalised_divergence(tmp_path, {"train/divergence/kl": None, "train/score": None}) == "kl"
     assert penalised_divergence(tmp_path, {}) is None
 

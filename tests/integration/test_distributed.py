@@ -116,7 +116,6 @@ def test_torchrun_starts_the_processes(configs, alone, tmp_path):
     assert_same_run(alone["SFT"], folder)
 
 
-@pytest.mark.slow
 def test_lightning_starts_the_processes_itself(configs, alone, tmp_path):
     folder = tmp_path / "run"
     command = [
@@ -198,7 +197,13 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes_bit_for_bit(kind, s
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(1, "fsdp2"), ("ddp", 1), pytest.param("fsdp2", "ddp", marks=slow), pytest.param("ddp", "fsdp2", marks=slow)],
+    [
+        (1, "fsdp2"),
+        ("fsdp2", 1),
+        pytest.param("ddp", 1, marks=slow),
+        pytest.param("fsdp2", "ddp", marks=slow),
+        pytest.param("ddp", "fsdp2", marks=slow),
+    ],
 )
 def test_a_run_moves_between_one_device_and_two(before, after, configs, alone, tmp_path):
     def options(where) -> tuple:
@@ -243,7 +248,8 @@ def test_a_process_holds_its_part_of_the_base_and_all_that_trains(configs, tmp_p
     config.write_text(yaml.safe_dump(values))
     found = {}
     for strategy in STRATEGIES:
-        folder = run(config, tmp_path / strategy, 2, "--trainer.strategy", strategy)
+        short = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2")
+        folder = run(config, tmp_path / strategy, 2, "--trainer.strategy", strategy, *short)
         found[strategy] = [json.loads((folder / f"bytes-{rank}.json").read_text()) for rank in (0, 1)]
         assert found[strategy][0]["trained"] == found[strategy][1]["trained"]
     whole = found["ddp"][0]["rest"]

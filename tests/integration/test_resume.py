@@ -48,7 +48,7 @@ def copy(run, target):
     return target
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*(pytest.param(name, marks=pytest.mark.slow) for name in STAGES[:2]), "PPOPolicy"])
 def test_a_run_killed_after_every_iteration_ends_like_the_uninterrupted_one(stage, configs, whole, tmp_path):
     run = tmp_path / stage
     for iteration in range(1, LAST):

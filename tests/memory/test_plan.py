@@ -121,7 +121,13 @@ def test_a_rehearsal_computes_nothing(llama, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}, {"lora": None, "sft": None}], ids=str
+    "settings",
+    [
+        {},
+        pytest.param({"gradient_checkpointing": True, "dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param({"lora": None, "sft": None}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_few_layers_tell_what_all_would(tmp_path, monkeypatch, settings):
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 9, "num_attention_heads": 4}

@@ -100,9 +100,11 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch
     opened = Path.open
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(Path, "open", lambda self, *a, **k: Dying(opened(self, *a, **k), survive))
-        SafeCheckpointIO().save_checkpoint({"weights": torch.ones(5000)}, path)
-        os._exit(0)
+        try:
+            monkeypatch.setattr(Path, "open", lambda self, *a, **k: Dying(opened(self, *a, **k), survive))
+            SafeCheckpointIO().save_checkpoint({"weights": torch.ones(5000)}, path)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert torch.equal(load(path)["weights"], STATE["weights"])
     save(path, {"weights": torch.ones(2)})
