@@ -252,9 +252,6 @@ class ConfigCLI(AlignmentCLI):
     def _set_seed(self) -> None:
         pass
 
-    def before_instantiate_classes(self) -> None:
-        """Skip what is done for a trainer that will run: none is made."""
-
     def instantiate_classes(self) -> None:
         """Skip the making of trainer, model and data."""
 

@@ -7,6 +7,8 @@ import torch
 import yaml
 
 from lrlhf.__main__ import main
+from lrlhf.cli.lightning import ConfigCLI
+from lrlhf.memory.command import add_options, read
 
 BORING = "lightning.pytorch.demos.boring_classes"
 SHORT = [
@@ -112,6 +114,11 @@ def test_predicting_with_an_abstract_class_says_so(capsys, model):
 )
 def test_what_cannot_be_planned_is_one_sentence(capsys, arguments, words):
     assert words in fails(capsys, "plan", *arguments)
+
+
+def test_the_word_fsdp_is_planned_as_the_fsdp2_that_a_fit_runs(stage):
+    arguments = ["--config", stage, "--trainer.strategy", "fsdp", "--trainer.devices", "2"]
+    assert read(ConfigCLI("plan", add_options, arguments)).gather == "rollout"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--config", "null.yaml"], ["--model", "null"]])
