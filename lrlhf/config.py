@@ -18,6 +18,12 @@ BelowOne = restricted_number_type("BelowOne", float, [(">=", 0), ("<", 1)])
 UpToOne = restricted_number_type("UpToOne", float, [(">", 0), ("<=", 1)])
 TwoOrMore = restricted_number_type("TwoOrMore", int, (">=", 2))
 
+RANGES: dict[Any, type] = {
+    **dict.fromkeys((PositiveInt, NonNegativeInt, TwoOrMore), int),
+    **dict.fromkeys((PositiveFloat, NonNegativeFloat, ClosedUnitInterval, BelowOne, UpToOne), float),
+}
+"""Types of numbers with a range, each with the plain type of what lies in it."""
+
 DType = Literal["float32", "bfloat16", "float16"]
 Gather = Literal["rollout", "layer"]
 """When passes without gradient get the parts of a sharded base (see `lrlhf.model.sharding`)."""
@@ -47,17 +53,18 @@ def check_ranges(made: Any) -> None:
         UserError: the first that lies outside.
     """
     hints: dict[str, Any] = {}
-    for kind in reversed(type(made).__mro__):
-        hints |= get_type_hints(vars(kind)["__init__"]) if _is_ours(kind) else {}
+    for owner in reversed(type(made).__mro__):
+        hints |= get_type_hints(vars(owner)["__init__"]) if _is_ours(owner) else {}
     for name, hint in hints.items():
         value = getattr(made, name, None)
-        for restricted in get_args(hint) or (hint,):
-            if hasattr(restricted, "_restrictions") and isinstance(value, int | float):
-                try:
-                    object.__setattr__(made, name, restricted._type(restricted(value)))
-                except ValueError:
-                    limits = restricted._expression.replace("v", "")
-                    raise UserError(f"{type(made).__name__}: {name}={value} must be {limits}.") from None
+        kind = next((kind for kind in RANGES if kind is hint or kind in get_args(hint)), None)
+        if kind is None or not isinstance(value, int | float):
+            continue
+        try:
+            object.__setattr__(made, name, RANGES[kind](kind(value)))
+        except ValueError as error:
+            limits = str(error).partition("restriction ")[2].replace("v", "")
+            raise UserError(f"{type(made).__name__}: {name}={value} must be {limits}.") from None
 
 
 def _is_ours(kind: type) -> bool:

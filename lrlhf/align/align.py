@@ -7,21 +7,18 @@ everything it is made from. A change of its config, its overrides or a stage bef
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
-from lrlhf.cli.lightning import ConfigCLI, run_stage
+from lrlhf.align import STAGES
+from lrlhf.cli.lightning import ConfigCLI, import_name, run_stage
 from lrlhf.cli.messages import CommandParser
 from lrlhf.cli.start import check_config_files
 from lrlhf.errors import UserError
-
-STAGES = ("sft", "reward", "ppo")
 
 DESCRIPTION = """SFT, reward model and PPO, each in a folder of its own, then a comparison and a report. An option
 --STAGE.KEY VALUE is passed to that stage's fit as --KEY VALUE, e.g. --ppo.trainer.limit_train_batches 4."""
@@ -112,7 +109,7 @@ def main(arguments: list[str]) -> None:
         _, *words = plan.arguments(stage)
         check_config_files(words)
         ConfigCLI(f"align: {stage}", lambda parser: None, words)
-    gold = _imported(plan.compare.gold) if plan.compare.gold else None
+    gold = import_name(plan.compare.gold) if plan.compare.gold else None
     run, upstream = Path(plan.run).expanduser(), ""
     for stage in plan.files:
         upstream = _run_stage(plan, stage, upstream)
@@ -138,19 +135,6 @@ def _divided(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
         value = [] if "=" in option or not words else [words.pop(0)]
         overrides[stage] = [*overrides.get(stage, []), f"--{option}", *value]
     return mine, overrides
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    """A function by import path.
-
-    Raises:
-        UserError: there is none.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise UserError(f"{path} cannot be imported; give the import path of a function.") from None
 
 
 def _run_stage(plan: Plan, stage: str, upstream: str) -> str:

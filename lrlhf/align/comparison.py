@@ -1,6 +1,5 @@
 """Before and after: the policy beside its reference on held-out prompts, with the same random draws."""
 
-import csv
 import json
 import time
 from pathlib import Path
@@ -9,7 +8,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lrlhf.align import STAGES
+from lrlhf.align.curves import read_curves
 from lrlhf.callbacks.divergence import measure
+from lrlhf.cli.lightning import parse_config
 from lrlhf.errors import UserError
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
 from lrlhf.modules.ppo_policy import RewardFunction
@@ -60,8 +62,6 @@ def compare(run: Path, gold: RewardFunction | None = None, prompts: str | None =
 
 def load_run(folder: Path) -> tuple[Any, Any, Any]:
     """Config, module (with the weights it ended with) and data module of a run folder."""
-    from lrlhf.cli.lightning import parse_config
-
     path = folder / "config.yaml"
     newest = newest_checkpoint(folder)
     if not path.is_file() or newest is None:
@@ -87,16 +87,12 @@ def _describe(module: Any, sequences: Sequences, batch: Prompts, gold: Any) -> l
 
 def _reward_model_accuracy(folder: Path) -> dict[str, float] | None:
     """The last validation of the reward model, with the number of pairs."""
-    if not (folder / "metrics.csv").is_file():
+    curves = read_curves(folder / "metrics.csv")
+    if "val/accuracy" not in curves:
         return None
-    with (folder / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val/accuracy")]
-    if not rows:
-        return None
-    names = {"accuracy": "val/accuracy", "longer_accuracy": "val/longer_accuracy", "pairs": "val/pairs"}
-    return {key: float(rows[-1][column]) for key, column in names.items()}
+    return {name: float(curves[f"val/{name}"].iloc[-1]) for name in ("accuracy", "longer_accuracy", "pairs")}
 
 
 def _stage_seconds(run: Path) -> dict[str, float]:
-    records = {stage: run / stage / "stage.json" for stage in ("sft", "reward", "ppo")}
+    records = {stage: run / stage / "stage.json" for stage in STAGES}
     return {stage: json.loads(path.read_text())["seconds"] for stage, path in records.items() if path.is_file()}

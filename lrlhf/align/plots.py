@@ -1,6 +1,5 @@
 """The plots of a run, from its metrics.csv files: reward against divergence first."""
 
-import csv
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,8 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
+from lrlhf.align import STAGES
+from lrlhf.align.curves import Curves, read_curves
 from lrlhf.errors import UserError
 
 try:
@@ -36,9 +37,6 @@ PLOTS = (  # stage, metric, title, unit, dotted guide, what to look for
      "May sink slowly; a collapse to 0 means that all responses become the same."),
 )  # fmt: skip
 
-Curves = dict[str, pd.Series]
-"""Metrics by name: the value at each step that logged it."""
-
 
 class Plot(NamedTuple):
     """A figure, its file name, and a sentence on what to look for."""
@@ -48,30 +46,9 @@ class Plot(NamedTuple):
     figure: Figure
 
 
-def read_curves(path: Path) -> Curves:
-    """The columns of a metrics.csv over its steps; none without the file.
-
-    Empty cells and lines that were torn by a kill are left out; what is no finite number stays, as a gap in the line.
-    """
-    if not path.is_file() or not path.read_bytes().strip():
-        return {}
-    table = pd.read_csv(
-        path, dtype=str, keep_default_na=False, encoding_errors="replace", on_bad_lines="skip", quoting=csv.QUOTE_NONE
-    )
-    if "step" not in table:
-        return {}
-    table.index = pd.to_numeric(table["step"], errors="coerce")
-    curves = {}
-    for name, cells in table[table.index.notna()].items():
-        numbers = pd.to_numeric(cells[cells.notna() & (cells != "")], errors="coerce")
-        if len(numbers):
-            curves[str(name)] = numbers[~numbers.index.duplicated(keep="last")]
-    return curves
-
-
 def make_plots(run: Path) -> list[Plot]:
     """The plots whose metrics an align run logged."""
-    stages = {stage: read_curves(run / stage / "metrics.csv") for stage in ("sft", "reward", "ppo")}
+    stages = {stage: read_curves(run / stage / "metrics.csv") for stage in STAGES}
     plots = [frontier_plot(stages["ppo"], penalised_divergence(run, stages["ppo"]))]
     for stage, metric, title, unit, guide, hint in PLOTS:
         found = {"training": stages[stage].get(f"train/{metric}"), "held-out": stages[stage].get(f"val/{metric}")}

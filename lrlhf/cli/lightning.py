@@ -60,10 +60,22 @@ class SaveConfig(SaveConfigCallback):
         scratch.replace(path)
 
 
+def import_name(path: str) -> Any:
+    """A class or function by its import path.
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(f"{path} cannot be imported; give the import path of a function.") from None
+
+
 def class_of(model: Namespace) -> Any:
     """The class that a module's config names."""
-    module, _, name = model.class_path.rpartition(".")
-    return getattr(import_module(module), name)
+    return import_name(model.class_path)
 
 
 def task_of(model: Namespace) -> str:

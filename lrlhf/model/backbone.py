@@ -88,8 +88,8 @@ class Backbone(nn.Module):
         self.copies = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self.stacks: dict[str, tuple[str, ...]] = {}
-        self._trainable: dict[str, list[str]] = {}
-        """Names of the parameters that train in a role."""
+        self._trainable: dict[str, list[tuple[nn.Module, str]]] = {}
+        """Where the parameters that train in a role lie: a module and a name in it, so that they may be exchanged."""
         self._adapters = Adapters(self.model)
         self._role: str | None = None
         self.probe_logits: Tensor | None = self._probe()
@@ -136,7 +136,8 @@ class Backbone(nn.Module):
         self.stacks[role] = tuple(a for a in stack if a in self.adapters)
         if trainable:
             ids = {id(p) for p in parameters}
-            self._trainable[role] = [name for name, p in self.named_parameters() if id(p) in ids]
+            paths = [name.rpartition(".") for name, p in self.named_parameters() if id(p) in ids]
+            self._trainable[role] = [(self.get_submodule(owner), name) for owner, _, name in paths]
         self._activate(self._role)
 
     @contextmanager
@@ -165,9 +166,9 @@ class Backbone(nn.Module):
             Each parameter once.
         """
         if role is not None:
-            return [self.get_parameter(name) for name in self._trainable.get(role, ())]
-        names = dict.fromkeys(name for names in self._trainable.values() for name in names)
-        return [self.get_parameter(name) for name in names]
+            return [getattr(module, name) for module, name in self._trainable.get(role, ())]
+        places = dict.fromkeys(place for places in self._trainable.values() for place in places)
+        return [getattr(module, name) for module, name in places]
 
     def _activate(self, role: str | None, *, cache_factors: bool = False) -> None:
         """Switch the adapters and gradients of a role on and all others off.

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from scipy import stats
 
-from lrlhf.align.plots import make_plots, penalised_divergence, read_curves
+from lrlhf.align.curves import read_curves
+from lrlhf.align.plots import make_plots, penalised_divergence
 from lrlhf.align.report import (
     choose_samples,
     difference,
