@@ -55,7 +55,7 @@ def command(name: str) -> Callable[[list[str]], object]:
 
         return align
     if name == "report":
-        from lrlhf.align.report import main as report
+        from lrlhf.report.report import main as report
 
         return report
     if name == "plan":

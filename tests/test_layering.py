@@ -11,6 +11,8 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py")}
 FLOORS = (
     ("__main__",),
     ("align", "memory"),
+    ("report",),
+    ("evaluation",),
     ("cli",),
     ("callbacks",),
     ("modules", "datamodules"),
@@ -24,8 +26,8 @@ HOMES = {
     "peft": {"model/adapters.py"},
     "bitsandbytes": {"model/quantization.py"},
     "lightning.pytorch.cli": {"cli/lightning.py"},
-    "matplotlib": {"align/plots.py"},
-    "rich": {"align/report.py"},
+    "matplotlib": {"report/plots.py"},
+    "rich": {"report/report.py"},
     "vaderSentiment": {"rewards.py"},
     "transformers": {"model", "kernels/install.py", "modules/base.py", "memory/rehearsal.py"},
 }

@@ -14,11 +14,11 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
-from lrlhf.align import STAGES
 from lrlhf.cli.lightning import ConfigCLI, import_name, run_stage
 from lrlhf.cli.messages import CommandParser
 from lrlhf.cli.start import check_config_files
 from lrlhf.errors import UserError
+from lrlhf.report import STAGES
 
 DESCRIPTION = """SFT, reward model and PPO, each in a folder of its own, then a comparison and a report. An option
 --STAGE.KEY VALUE is passed to that stage's fit as --KEY VALUE, e.g. --ppo.trainer.limit_train_batches 4."""
@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> None:
         upstream = _run_stage(plan, stage, upstream)
     if plan.stages.ppo:
         from lrlhf.align.comparison import compare
-        from lrlhf.align.report import write_report
+        from lrlhf.report.report import write_report
 
         compare(run, gold, plan.compare.prompts, plan.compare.count)
         write_report(run)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lrlhf.align import STAGES
-from lrlhf.align.curves import read_curves
 from lrlhf.callbacks.divergence import measure
 from lrlhf.cli.lightning import parse_config
 from lrlhf.errors import UserError
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
 from lrlhf.modules.ppo_policy import RewardFunction
+from lrlhf.report import STAGES
+from lrlhf.report.curves import read_curves
 from lrlhf.run.checkpoints import load, newest_checkpoint
 from lrlhf.types import Prompts, Sequences
 

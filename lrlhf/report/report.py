@@ -9,16 +9,16 @@ import base64
 import json
 import math
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import NormalDist, fmean
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from lrlhf.align.plots import Plot, make_plots
 from lrlhf.cli.messages import CommandParser
 from lrlhf.errors import UserError
+from lrlhf.evaluation.estimates import Estimate, mean_interval, wilson_interval
+from lrlhf.report.plots import Plot, make_plots
 
 try:
     from rich.console import Console
@@ -27,7 +27,6 @@ try:
 except ImportError as error:
     raise UserError(f"lrlhf report needs {error.name}: pip install 'lrlhf[demo]'.") from None
 
-Z = NormalDist().inv_cdf(0.975)
 SIDES = ("before", "after")
 HEADINGS = ("", "Value", "95 % interval", "n")
 CAVEAT = "Intervals cover the choice of prompts, not another training seed."
@@ -35,15 +34,6 @@ Line = tuple[str, str, str, str]
 """Label, value, interval, n."""
 Row = dict[str, Any]
 """One prompt of comparison.json."""
-
-
-class Estimate(NamedTuple):
-    """A number with its 95 % interval; the bounds are nan where n is too small for one."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 def main(arguments: list[str]) -> None:
@@ -91,29 +81,6 @@ def read_comparison(run: Path) -> dict[str, Any]:
 
 
 # Measure
-
-
-def mean_interval(values: Sequence[float]) -> Estimate:
-    """mean +- 1.96 s / sqrt(n), with s^2 = sum((x - mean)^2) / (n - 1)."""
-    n, mean = len(values), fmean(values)
-    error = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n) if n > 1 else math.nan
-    return Estimate(mean, mean - Z * error, mean + Z * error, n)
-
-
-def wilson_interval(share: float, n: int) -> Estimate:
-    """(p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n): within [0, 1], and right for small n.
-
-    Wilson (1927), "Probable inference, the law of succession, and statistical inference".
-
-    Args:
-        share: p, in [0, 1].
-        n: number of trials.
-    """
-    if n < 1:
-        return Estimate(share, math.nan, math.nan, n)
-    center, scale = share + Z**2 / (2 * n), 1 + Z**2 / n
-    reach = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return Estimate(share, (center - reach) / scale, (center + reach) / scale, n)
 
 
 def paired(rows: list[Row], key: str) -> list[tuple[float, float]]:
@@ -250,7 +217,7 @@ def render_page(comparison: dict[str, Any], plots: list[Plot], folder: Path) -> 
         plots: to show.
         folder: that holds their images.
     """
-    pages = Environment(loader=PackageLoader("lrlhf.align", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages = Environment(loader=PackageLoader("lrlhf.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters |= {"printable": printable, "describe": describe}
     note, samples = choose_samples(comparison["rows"])
     images = {plot.name: base64.b64encode((folder / f"{plot.name}.png").read_bytes()).decode() for plot in plots}

@@ -12,20 +12,19 @@ import pytest
 import yaml
 from scipy import stats
 
-from lrlhf.align.curves import read_curves
-from lrlhf.align.plots import make_plots, penalised_divergence
-from lrlhf.align.report import (
+from lrlhf.errors import UserError
+from lrlhf.evaluation.estimates import mean_interval, wilson_interval
+from lrlhf.report.curves import read_curves
+from lrlhf.report.plots import make_plots, penalised_divergence
+from lrlhf.report.report import (
     choose_samples,
     difference,
     main,
     make_table,
-    mean_interval,
     printable,
     verdict,
-    wilson_interval,
     write_report,
 )
-from lrlhf.errors import UserError
 
 HOSTILE = '<script>alert("1")</script> & [red]two[/red]\n  indented'
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
-from lrlhf.align import STAGES
-from lrlhf.align.curves import Curves, read_curves
 from lrlhf.errors import UserError
+from lrlhf.report import STAGES
+from lrlhf.report.curves import Curves, read_curves
 
 try:
     from matplotlib.axes import Axes
