@@ -1,4 +1,4 @@
-"""The command line: lrlhf fit | validate | test | predict | align | report | plan | verify-resume."""
+"""The command line: lrlhf fit | validate | test | predict | align | evaluate | report | plan | verify-resume."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ USAGE = """usage: lrlhf COMMAND [options]
   test       the same on data.test
   predict    write responses in AlpacaEval format, or the scores of a reward model
   align      SFT, reward model and PPO, one after the other: lrlhf align --config configs/demo/align.yaml
+  evaluate   win rates, factual precision and more: lrlhf evaluate --config configs/evaluate/reward_model.yaml
   plan       the memory that a run needs, before it runs: lrlhf plan --config configs/demo/sft.yaml
   verify-resume   prove on your config that a killed run ends like an uninterrupted one
   report     tables, plots and an HTML page of an align run: lrlhf report runs/demo
@@ -54,6 +55,10 @@ def command(name: str) -> Callable[[list[str]], object]:
         from lrlhf.align.align import main as align
 
         return align
+    if name == "evaluate":
+        from lrlhf.evaluation.command import main as evaluate
+
+        return evaluate
     if name == "report":
         from lrlhf.report.report import main as report
 

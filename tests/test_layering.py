@@ -27,7 +27,10 @@ HOMES = {
     "bitsandbytes": {"model/quantization.py"},
     "lightning.pytorch.cli": {"cli/lightning.py"},
     "matplotlib": {"report/plots.py"},
-    "rich": {"report/report.py"},
+    "rich": {"report/report.py", "evaluation/command.py"},
+    "openai": {"evaluation/endpoint.py"},
+    "sklearn": {"evaluation/win_rate.py"},
+    "choix": {"evaluation/win_rate.py"},
     "vaderSentiment": {"rewards.py"},
     "transformers": {"model", "kernels/install.py", "modules/base.py", "memory/rehearsal.py"},
 }

@@ -87,10 +87,16 @@ class OneSentence:
 
 
 class CommandParser(OneSentence, ArgumentParser):
-    """Of a command that is no stage of training: --config, --print_config and --help as everywhere."""
+    """Of a command that is no stage of training: --config, --print_config and --help as everywhere.
 
-    def __init__(self, command: str, description: str):
-        super().__init__(prog=f"lrlhf {command}", description=description)
+    jsonargparse makes parsers of the same class, without a command, for what is named by class path.
+    """
+
+    def __init__(self, command: str | None = None, description: str | None = None, **options: Any):
+        if command is None:
+            super().__init__(**options)
+            return
+        super().__init__(prog=f"lrlhf {command}", description=description, **options)
         self.add_argument("--config", action="config", help="YAML file of these options; several compose")
 
 

@@ -51,7 +51,7 @@ def wilson_interval(share: float, n: int) -> Estimate:
 
 
 def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], clusters: Sequence[Any], *, resamples: int = 2000, seed: int = 0
+    statistic: Callable[[np.ndarray], float], clusters: Sequence[Any] | np.ndarray, *, resamples: int = 2000
 ) -> Estimate:
     """Percentile interval of a statistic when whole clusters, such as prompts, are drawn anew with replacement.
 
@@ -61,22 +61,40 @@ def bootstrap_interval(
         statistic: from row numbers [N] int64, repeated as they were drawn, to a number; nan where it has none.
         clusters: the cluster of each row.
         resamples: number of draws.
-        seed: of the draws.
 
     Returns:
         The statistic of all rows, with the number of clusters as n.
     """
-    _, of_row = np.unique(np.asarray([str(c) for c in clusters]), return_inverse=True)
-    count = int(of_row.max()) + 1 if len(of_row) else 0
-    value = float(statistic(np.arange(len(of_row)))) if count else math.nan
-    if count < 2:
-        return Estimate(value, n=count)
+    count = len({str(cluster) for cluster in clusters})
+    if not count:
+        return Estimate(math.nan)
+    return percentiles(
+        float(statistic(np.arange(len(clusters)))), bootstrap_draws(statistic, clusters, resamples), count
+    )
+
+
+def percentiles(value: float, draws: np.ndarray, n: int) -> Estimate:
+    """A number with the middle 95 % of its bootstrap draws; without bounds for one cluster, or without finite draws."""
+    finite = draws[np.isfinite(draws)]
+    low, high = np.percentile(finite, (2.5, 97.5)) if n > 1 and len(finite) else (math.nan, math.nan)
+    return Estimate(value, float(low), float(high), n)
+
+
+def bootstrap_draws(
+    statistic: Callable[[np.ndarray], Any], clusters: Sequence[Any] | np.ndarray, resamples: int, seed: int = 0
+) -> np.ndarray:
+    """A statistic, a number or an array, of rows of clusters drawn with replacement: [resamples, ...].
+
+    Args:
+        statistic: from row numbers [N] int64.
+        clusters: the cluster of each row.
+        resamples: number of draws.
+        seed: of the draws.
+    """
+    _, of_row = np.unique(np.asarray([str(cluster) for cluster in clusters]), return_inverse=True)
     members = np.split(np.argsort(of_row, kind="stable"), np.cumsum(np.bincount(of_row))[:-1])
-    draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
-    if len(of_row) == count:
-        rows = np.concatenate(members)
-        found = [statistic(rows[draw]) for draw in draws]
-    else:
-        found = [statistic(np.concatenate([members[i] for i in draw])) for draw in draws]
-    low, high = np.nanpercentile(found, (2.5, 97.5))
-    return Estimate(value, float(low), float(high), count)
+    draws = np.random.default_rng(seed).integers(0, len(members), (resamples, len(members)))
+    alone = np.concatenate(members) if len(members) == len(of_row) else None
+    return np.array(
+        [statistic(alone[draw] if alone is not None else np.concatenate([members[i] for i in draw])) for draw in draws]
+    )

@@ -1,10 +1,14 @@
 """What `lrlhf evaluate` runs: anything that measures and answers with lines, each a number with its interval."""
 
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from lrlhf.evaluation.estimates import Line
+
+FILE = "evaluation.json"
+"""What an evaluation found, in the folder that it was given."""
 
 
 class Evaluation(ABC):
@@ -18,15 +22,28 @@ class Evaluation(ABC):
             folder: for files beside the result; it exists.
 
         Returns:
-            What evaluation.json will hold, plain JSON values: `title`, `lines` (of `Line`s), `notes` (sentences to
-            print under the lines), and whatever else a reader of the file needs.
+            What evaluation.json will hold, JSON values but for `lines`: `title`, `lines` (of `Line`s), `notes`
+            (sentences to print under the lines), and whatever else a reader of the file needs.
 
         Raises:
             UserError: an input that cannot be used.
         """
 
 
-def as_json(line: Line) -> dict[str, Any]:
-    """A line as evaluation.json holds it; nan becomes null."""
-    numbers = {k: None if v != v else v for k, v in line.estimate._asdict().items()}
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """Write folder/evaluation.json, whole or not at all.
+
+    Args:
+        folder: made if there is none.
+        result: of an evaluation; a number that is nan becomes null.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f"{FILE}.part"
+    lines = [_as_json(line) for line in result["lines"]]
+    scratch.write_text(json.dumps({**result, "lines": lines}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.replace(folder / FILE)
+
+
+def _as_json(line: Line) -> dict[str, Any]:
+    numbers = {key: None if number != number else number for key, number in line.estimate._asdict().items()}
     return {"label": line.label, **numbers, "style": line.style}

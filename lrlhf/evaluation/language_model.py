@@ -1,4 +1,4 @@
-"""The language models that judge: an interface, and a local model that needs no server."""
+"""What a language model must be able to do to judge, to split and to verify."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -31,3 +31,6 @@ class LanguageModel(Protocol):
         Returns:
             N lists of C probabilities.
         """
+
+    def notes(self) -> list[str]:
+        """Sentences about what it did: prompts without an answer, tokens, cost."""

@@ -1,0 +1,209 @@
+"""One system against another, or several: win rates by a judge, with intervals, and with lengths beside them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+
+from lrlhf.config import Sampling, check_ranges
+from lrlhf.datamodules.containers import ending
+from lrlhf.datamodules.formats import Row, read_rows
+from lrlhf.datamodules.prompts import Template
+from lrlhf.errors import UserError
+from lrlhf.evaluation.estimates import Estimate, Line
+from lrlhf.evaluation.evaluation import Evaluation
+from lrlhf.evaluation.judges import Judge, Order, annotate
+from lrlhf.evaluation.pairs import Annotation, Output, pair_up, read_annotations, read_outputs, write_json
+from lrlhf.evaluation.system import System, prompt_row
+from lrlhf.evaluation.win_rate import WinRate, bradley_terry, paired_difference, win_rate_lines
+
+USABLE = 0.6
+"""Pairs in which a judge must give the same answer in both orders for its win rate to say something."""
+
+
+class HeadToHead(Evaluation):
+    """Win rate of a model against a reference.
+
+    Args:
+        model: outputs in AlpacaEval's format (.json, .jsonl), a run folder, a hand-over folder, or a base model.
+        judge: by class path.
+        reference: the same; null takes the reference that the model's run started from.
+        prompts: file of instructions to answer; null takes those of the outputs file.
+        order: both shows each pair twice, the second time swapped; hash once, swapped for half of the instructions.
+        sampling: how answers are drawn; null takes the run's own.
+        template: how instructions are rendered; null takes the run's own, and for a base model its chat template.
+        limit: prompts at most.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        judge: Judge,
+        reference: str | None = None,
+        prompts: str | None = None,
+        order: Order = "both",
+        sampling: Sampling | None = None,
+        template: Template | None = None,
+        limit: PositiveInt | None = None,
+    ):
+        self.model, self.judge, self.reference, self.prompts = model, judge, reference, prompts
+        self.order, self.limit = order, limit
+        self.settings: dict[str, Any] = {"sampling": sampling, "template": template}
+        check_ranges(self)
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Answer, judge, count; writes the outputs, and annotations.json in AlpacaEval's format."""
+        written = {side: read_outputs(s) if is_outputs(s) else None for side, s in self._sources().items() if s}
+        systems = {
+            "model": None if written["model"] else System(self.model, **self.settings),
+            "reference": None if written.get("reference") else self._reference(),
+        }
+        rows = self._rows(written.get("model") or written.get("reference"))
+        outputs = {}
+        for side, system in systems.items():
+            if system is None:
+                outputs[side] = (written[side] or [])[: self.limit]
+                continue
+            answers = system.respond([system.encode(row) for row in rows])
+            outputs[side] = [
+                Output(said(row), a, system.name, row.dataset) for row, a in zip(rows, answers, strict=True)
+            ]
+            write_json(folder / f"{side}_outputs.json", outputs[side])
+        del systems
+        annotations = annotate(self.judge, pair_up(outputs["reference"], outputs["model"]), self.order)
+        write_json(folder / "annotations.json", annotations)
+        return summary(annotations, self.judge.notes())
+
+    def _sources(self) -> dict[str, str | None]:
+        return {"model": self.model, "reference": self.reference}
+
+    def _reference(self) -> System:
+        if self.reference is not None:
+            return System(self.reference, **self.settings)
+        if is_outputs(self.model):
+            raise UserError(
+                "evaluation.reference: outputs have no reference of their own; give outputs, a run or a model."
+            )
+        return System(self.model, role="reference", **self.settings)
+
+    def _rows(self, written: Sequence[Output] | None) -> list[Row]:
+        if self.prompts is not None:
+            rows = list(read_rows(self.prompts))
+            if not rows:
+                raise UserError(f"evaluation.prompts={self.prompts} holds no rows.")
+        elif written is not None:
+            rows = [prompt_row(output.instruction) for output in written]
+        else:
+            raise UserError("evaluation.prompts: name a file of instructions for the models to answer.")
+        return rows[: self.limit]
+
+
+class Leaderboard(Evaluation):
+    """Several systems that were judged: win rates, differences to the first paired by prompt, and Elo.
+
+    Args:
+        annotations: files in AlpacaEval's format, of one system or of several.
+    """
+
+    def __init__(self, annotations: list[str]):
+        self.annotations = annotations
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """One block of lines a system."""
+        systems: dict[str, list[Annotation]] = {}
+        for annotation in (a for source in self.annotations for a in read_annotations(source)):
+            systems.setdefault(annotation.generator_2, []).append(annotation)
+        lines, first = [], next(iter(systems.values()), [])
+        for name, judged in systems.items():
+            found = measure(judged)
+            lines += [
+                Line(f"{name}: win rate", found["win_rate"], ".1%"),
+                Line(f"{name}: length-controlled", found["length_controlled_win_rate"], ".1%"),
+                Line(f"{name}: characters", found["model_length"], ".0f"),
+            ]
+            if judged is not first:
+                lines.append(
+                    Line(f"{name}: difference to {next(iter(systems))}", paired_difference(first, judged), "+.1%")
+                )
+        ratings = bradley_terry([a for judged in systems.values() for a in judged])
+        lines += [Line(f"{name}: Elo", rating, "+.0f") for name, rating in ratings.items()]
+        return {
+            "title": f"{len(systems)} systems",
+            "lines": lines,
+            "notes": ["Elo by Bradley-Terry, the reference at 0."],
+        }
+
+
+def is_outputs(source: str) -> bool:
+    """Whether a name is that of a file of outputs, rather than a run or a model."""
+    return ending(Path(source)) in (".json", ".jsonl", ".csv", ".parquet")
+
+
+def said(row: Row) -> str:
+    """A prompt as the judge reads it: its one turn, or all turns with who speaks."""
+    return (
+        row.messages[0][1] if len(row.messages) == 1 else "\n\n".join(f"{turn[0]}: {turn[1]}" for turn in row.messages)
+    )
+
+
+def measure(annotations: Sequence[Annotation]) -> dict[str, Estimate]:
+    """`WinRate` of annotations."""
+    metric = WinRate()
+    metric.add(annotations)
+    return metric.compute()
+
+
+def summary(annotations: Sequence[Annotation], notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The result of a head-to-head comparison: title, lines, notes and samples.
+
+    Args:
+        annotations: of one model against one reference by one judge.
+        notes: the judge's.
+    """
+    found, first = measure(annotations), annotations[0]
+    notes = [_verdict(found["win_rate"], found["swap_consistency"]), *_unanswered(annotations), *notes]
+    places = dict.fromkeys(round(i * (len(annotations) - 1) / 4) for i in range(5))
+    samples = [vars(annotations[i]) | {"word": _word(annotations[i])} for i in places]
+    return {
+        "title": f"{first.generator_2} against {first.generator_1}, judged by {first.annotator}",
+        "judge": first.annotator,
+        "lines": win_rate_lines(found),
+        "notes": notes,
+        "samples": samples,
+    }
+
+
+def _verdict(rate: Estimate, consistency: Estimate) -> str:
+    told = f"{rate.value:.1%}, 95 % interval {rate.low:.1%} to {rate.high:.1%}, {rate.n} prompts"
+    if consistency.n and consistency.value < USABLE:
+        return (
+            f"No verdict: the judge gives the same answer in both orders for {consistency.value:.0%} of the pairs; "
+            f"below {USABLE:.0%} it judges the position more than the text, and its win rate ({told}) says little."
+        )
+    if rate.low != rate.low:
+        return "Too few judged pairs to say which is better."
+    if rate.low <= 0.5 <= rate.high:
+        return f"No difference is shown: the interval of the win rate includes 50 % ({told})."
+    return f"The {'model' if rate.value > 0.5 else 'reference'} is preferred ({told})."
+
+
+def _unanswered(annotations: Sequence[Annotation]) -> list[str]:
+    asked = Counter(answer is None for a in annotations for answer in a.answers)
+    pairs = sum(a.preference is None for a in annotations)
+    if not pairs:
+        return []
+    return [
+        f"{pairs} of {len(annotations)} pairs have no preference: {asked[True]} of {asked.total()} of the judge's "
+        "answers were missing or could not be read. They are in annotations.json, and in no rate."
+    ]
+
+
+def _word(annotation: Annotation) -> str:
+    if annotation.preference is None:
+        return "no answer"
+    better = {1: annotation.generator_1, -1: annotation.generator_2}.get(
+        (annotation.preference < 1.5) - (annotation.preference > 1.5)
+    )
+    return f"prefers {better} ({annotation.preference:.2f})" if better else "a tie"

@@ -1,0 +1,226 @@
+"""A model that answers or scores: what a run handed over, its reference, or a base model."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch import Tensor
+from tqdm import tqdm
+
+from lrlhf.config import DType, Quantization, Sampling
+from lrlhf.datamodules.collate import pad
+from lrlhf.datamodules.formats import Row
+from lrlhf.datamodules.prompts import AlpacaTemplate, ChatTemplate, Template, encode_prompt, special_tokens
+from lrlhf.errors import UserError
+from lrlhf.functional.randomness import generator
+from lrlhf.model.backbone import Backbone
+from lrlhf.model.generation import respond
+from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
+from lrlhf.modules.self_check import check_reward_model
+from lrlhf.run.handover import Handover
+from lrlhf.types import Sequences
+
+ROLE = "reward"
+"""The role's name on the backbone, whatever it was: the self-check of reward models looks for it."""
+
+
+def handover_in(source: str) -> Path | None:
+    """The hand-over folder that a path names: itself, or that of a run folder; None where it names no run."""
+    folder = Path(source).expanduser()
+    for candidate in (folder, folder / "handover"):
+        if (candidate / "manifest.json").is_file():
+            return candidate
+    if (folder / "config.yaml").is_file() and (folder / "metrics.csv").is_file():
+        raise UserError(f"{source} is a run without a hand-over; let its fit finish first.")
+    return None
+
+
+class System:
+    """Loads on first use.
+
+    Args:
+        source: a run folder, a hand-over folder, or a base model (hub id, folder, GGUF file or short name).
+        role: what was trained, or the reference that it started from.
+        dtype: of the frozen base; null takes the one that the run used, and bfloat16 for a base model.
+        template: how instructions are rendered; null takes that of the run's config, and of a base model the chat
+            template.
+        sampling: how responses are drawn; null takes the run's, and for a base model the defaults.
+        batch_size: texts of one pass. Memory only.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        role: Literal["trained", "reference"] = "trained",
+        dtype: DType | None = None,
+        template: Template | None = None,
+        sampling: Sampling | None = None,
+        batch_size: int = 16,
+    ):
+        self.source, self.batch_size = source, batch_size
+        folder = handover_in(source)
+        self.handover = None if folder is None else Handover.read(folder)
+        settings = _settings(folder) if folder else {}
+        if role == "reference" and not (self.handover and self.handover.stack):
+            raise UserError(f"{source} has no reference to compare with; name one: outputs, a run or a base model.")
+        self.template = template or settings.get("template") or (AlpacaTemplate() if folder else None)
+        self.sampling = sampling or settings.get("sampling") or Sampling()
+        self.quantize: Quantization | None = settings.get("quantize")
+        self.dtype: DType = dtype or (self.handover.dtype if self.handover else "bfloat16")  # type: ignore[assignment]
+        self.role = role
+        self._backbone: Backbone | None = None
+
+    @property
+    def name(self) -> str:
+        """For annotations: where it comes from, and its role."""
+        if self.handover is None:
+            return self.source
+        return f"{self.source}, {self.handover.role if self.role == 'trained' else 'reference'}"
+
+    @property
+    def backbone(self) -> Backbone:
+        """With the one role, on the accelerator if there is one.
+
+        Raises:
+            UserError: another base, tokenizer or prompt template than the role was trained on.
+        """
+        if self._backbone is None:
+            base = self.handover.base_model if self.handover else self.source
+            self.tokenizer = load_tokenizer(base)
+            if self.template is None:
+                self.template = ChatTemplate() if self.tokenizer.chat_template else AlpacaTemplate()
+            self._special = special_tokens(self.tokenizer)
+            backbone = Backbone(base, dtype=self.dtype, quantize=self.quantize).eval()
+            self._load_role(backbone)
+            self.end = self.template.end_id(self.tokenizer)
+            self.stop_ids = torch.tensor(stop_tokens(self.tokenizer, backbone.model, self.end, self.sampling.stop))
+            self._backbone = backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+        return self._backbone
+
+    def _load_role(self, backbone: Backbone) -> None:
+        if self.handover is None:
+            backbone.add_role(ROLE)
+            return
+        self.handover.check(backbone, fingerprint_tokenizer(self.tokenizer))
+        self.handover.check_template(getattr(self.template, "fingerprint", None))
+        if self.role == "trained":
+            self.handover.load(backbone, ROLE)
+            check_reward_model(backbone, self.tokenizer, self.handover, self.dtype)
+        elif below := self.handover.stack[:-1]:
+            backbone.load_role(ROLE, below, self.handover.folder, head=False)
+        else:
+            backbone.add_role(ROLE)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the backbone."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and response may have together; a large number where the model states none."""
+        return int(getattr(self.backbone.model.config, "max_position_embeddings", None) or 2**20)
+
+    def encode(self, row: Row, template: Template | None = None) -> list[int]:
+        """Token ids of a prompt, rendered by the system's own template or by another."""
+        self.backbone  # noqa: B018 loads the tokenizer
+        template = template or self.template
+        assert template is not None
+        return encode_prompt(template, row, template.render(row, self.tokenizer), self.tokenizer, self._special)
+
+    @torch.no_grad()
+    def respond(self, prompts: Sequence[list[int]], sampling: Sampling | None = None, seed: int = 0) -> list[str]:
+        """Responses to prompts, special tokens left out; the draws depend on the seed and the prompt's number alone.
+
+        Args:
+            prompts: token ids of each.
+            sampling: other than the system's own.
+            seed: of the draws.
+
+        Raises:
+            UserError: a prompt that leaves no room for a response.
+        """
+        sampling, responses = sampling or self.sampling, []
+        room = self.context - sampling.max_new_tokens
+        if too_long := [i for i, ids in enumerate(prompts, start=1) if len(ids) > room]:
+            raise UserError(
+                f"{self.name}: prompt {too_long[0]} has {len(prompts[too_long[0] - 1])} tokens, {room} fit."
+            )
+        size = sampling.batch_size
+        starts = range(0, len(prompts), size)
+        for start in tqdm(starts, desc=f"answers of {self.name}", disable=len(starts) < 2):
+            ids, mask = (x.to(self.device) for x in pad(prompts[start : start + size], left=True))
+            with self.backbone.role(ROLE):
+                draws = generator(seed, "evaluate", start)
+                stop_ids = self.stop_ids.to(self.device)
+                answer = respond(self.backbone, ids, mask, sampling=sampling, stop_ids=stop_ids, generator=draws)
+            kept = zip(*answer, strict=True)
+            responses += [self.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in kept]
+        return responses
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Row], responses: Sequence[str]) -> Tensor:
+        """Scores [N] fp32 of responses by a reward model, each read at its end-of-sequence token.
+
+        Raises:
+            UserError: the run trained no reward model, or a text is longer than the model takes.
+        """
+        if self.handover is None or not self.handover.head:
+            raise UserError(f"{self.source} is no reward model; give the run folder or hand-over of a RewardModel run.")
+        prompts = [self.encode(row) for row in rows]
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        answers = [[*self.tokenizer(text, **plain)["input_ids"], self.end] for text in responses]
+        scores = torch.zeros(len(prompts))
+        for index in self._batches([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], "scores"):
+            left, right = pad([prompts[i] for i in index], left=True), pad([answers[i] for i in index], left=False)
+            with self.backbone.role(ROLE):
+                scores[index] = self.backbone.scores(Sequences(*left, *right).to(self.device)).cpu()
+        return scores
+
+    @torch.no_grad()
+    def next_token_logits(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> Tensor:
+        """Logits [N, C] fp32 of C tokens after each of N prompts.
+
+        Args:
+            prompts: token ids of each.
+            tokens: to look at.
+        """
+        logits = torch.zeros(len(prompts), len(tokens))
+        for index in self._batches([len(ids) for ids in prompts], f"verdicts of {self.name}"):
+            ids, mask = (x.to(self.device) for x in pad([prompts[i] for i in index], left=True))
+            with self.backbone.role(ROLE):
+                found = self.backbone.next_token_logits(*self.backbone.prefill(ids, mask))
+            logits[index] = found[:, list(tokens)].float().cpu()
+        return logits
+
+    def _batches(self, lengths: Sequence[int], what: str) -> Iterator[list[int]]:
+        """Row numbers in pieces of similar length."""
+        if lengths and max(lengths) > self.context:
+            raise UserError(f"{self.name}: a text of {max(lengths)} tokens is longer than its {self.context}.")
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc=what, disable=len(starts) < 2):
+            yield order[start : start + self.batch_size]
+
+
+def prompt_row(instruction: str) -> Row:
+    """A row of one turn."""
+    return Row((("user", instruction),), instruction, "", (), 0.0, "")
+
+
+def _settings(handover: Path) -> dict[str, Any]:
+    """Template, sampling and quantisation of the run that a hand-over lies in, as far as its config tells them."""
+    path = handover.parent / "config.yaml"
+    if not path.is_file():
+        return {}
+    values = yaml.safe_load(path.read_text())
+    model, data = (((values or {}).get(key) or {}).get("init_args") or {} for key in ("model", "data"))
+    parser = ArgumentParser(exit_on_error=False)
+    for name, kind in (("template", Template), ("sampling", Sampling), ("quantize", Quantization)):
+        parser.add_argument(f"--{name}", type=kind | None)
+    found = {key: (data if key == "template" else model).get(key) for key in ("template", "sampling", "quantize")}
+    return vars(parser.instantiate_classes(parser.parse_object(found)))
