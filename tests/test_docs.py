@@ -9,10 +9,12 @@ import pytest
 
 import lrlhf
 import lrlhf.functional
+from lrlhf import evaluation
 from lrlhf.__main__ import USAGE
 from lrlhf.align.align import Plan
 from lrlhf.cli import verify_resume
 from lrlhf.cli.lightning import CLI, AlignmentCLI, ConfigCLI
+from lrlhf.evaluation import command as evaluate
 from lrlhf.memory.command import add_options, read
 from lrlhf.modules.base import AlignmentModule
 from tests.modules.helpers import train_reward, train_sft
@@ -53,7 +55,7 @@ def test_the_swap_in_the_readme_runs(tmp_path, tiny_llama, data_files, monkeypat
 def commands() -> list[str]:
     """Every lrlhf command that help, README, docs and configs show, each once."""
     texts = [USAGE, *(path.read_text() for path in DOCUMENTS)]
-    place = r"(?:^|: +|^#\s+|`|^\s*srun .*)"
+    place = r"(?:^|: +|^#\s+|^#\s+OPENAI_API_KEY=\S+ |`|^\s*srun .*)"
     shown = [found for text in texts for found in re.findall(place + r"(lrlhf [a-z-]+ [^`\n]*)", text, re.M)]
     lines = {re.split(r"\s+#|\s{2,}(?=[A-Z])", command)[0].strip() for command in shown}
     return sorted(line for line in lines if " --config " in line or line.startswith("lrlhf report"))
@@ -90,7 +92,15 @@ def checkout(tmp_path_factory, tiny_llama, data_files):
 
 
 def test_there_are_commands_to_check():
-    assert {line.split()[1] for line in commands()} >= {"fit", "validate", "predict", "plan", "align", "report"}
+    assert {line.split()[1] for line in commands()} >= {
+        "fit",
+        "validate",
+        "predict",
+        "plan",
+        "align",
+        "evaluate",
+        "report",
+    }
     assert len(commands()) > 15
 
 
@@ -111,5 +121,10 @@ def test_a_command_that_is_shown_runs_as_shown(line, checkout, monkeypatch):
         plan = Plan.read(arguments)
         for stage in plan.files:
             ConfigCLI("align", lambda parser: None, plan.arguments(stage)[1:])
+    elif command == "evaluate":
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        for name in ("model_outputs", "reference_outputs", "annotations"):
+            Path(f"{name}.json").write_text('[{"instruction": "a", "output_1": "b", "output_2": "c"}]')
+        assert isinstance(evaluate.parse(arguments)[0], evaluation.Evaluation)
     else:
         assert (command, len(arguments)) == ("report", 1)

@@ -18,6 +18,7 @@ from lrlhf.cli.lightning import ConfigCLI, import_name, run_stage
 from lrlhf.cli.messages import CommandParser
 from lrlhf.cli.start import check_config_files
 from lrlhf.errors import UserError
+from lrlhf.evaluation.judges import Judge
 from lrlhf.report import STAGES
 
 DESCRIPTION = """SFT, reward model and PPO, each in a folder of its own, then a comparison and a report. An option
@@ -46,6 +47,8 @@ class Compare:
     """File of held-out prompts; null takes the validation prompts of PPO."""
     count: PositiveInt = 96
     """Prompts at most."""
+    judge: Judge | None = None
+    """By class path, e.g. lrlhf.evaluation.LanguageModelJudge: also judges after PPO against before, in both orders."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def main(arguments: list[str]) -> None:
         from lrlhf.align.comparison import compare
         from lrlhf.report.report import write_report
 
-        compare(run, gold, plan.compare.prompts, plan.compare.count)
+        compare(run, gold, plan.compare.prompts, plan.compare.count, plan.compare.judge)
         write_report(run)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from tqdm import tqdm
 from lrlhf.callbacks.divergence import measure
 from lrlhf.cli.lightning import parse_config
 from lrlhf.errors import UserError
+from lrlhf.evaluation.evaluation import write_result
+from lrlhf.evaluation.head_to_head import summary
+from lrlhf.evaluation.judges import Judge, annotate, higher
+from lrlhf.evaluation.pairs import Annotation, Pair, write_json
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
 from lrlhf.modules.ppo_policy import RewardFunction
 from lrlhf.report import STAGES
@@ -21,14 +26,23 @@ from lrlhf.types import Prompts, Sequences
 MEASURED = (kl, js, js_paper, exact_kl, exact_forward_kl, exact_js, exact_total_variation)
 
 
-def compare(run: Path, gold: RewardFunction | None = None, prompts: str | None = None, count: int = 96) -> None:
+def compare(
+    run: Path,
+    gold: RewardFunction | None = None,
+    prompts: str | None = None,
+    count: int = 96,
+    judge: Judge | None = None,
+) -> None:
     """Write run/comparison.json: responses of reference and policy, their rewards and lengths, every divergence.
+
+    And run/evaluations: win rates of after against before by the learned reward, by gold and by the judge.
 
     Args:
         run: folder of an align run whose PPO stage is done.
         gold: a reward function that training never saw; None leaves it out.
         prompts: file of held-out prompts; None takes the PPO stage's validation prompts.
         count: prompts at most.
+        judge: of the pairs of responses, in both orders; None leaves it out.
     """
     start = time.perf_counter()
     config, module, data = load_run(run / "ppo")
@@ -58,6 +72,25 @@ def compare(run: Path, gold: RewardFunction | None = None, prompts: str | None =
         "rows": rows,
     }
     (run / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+    pairs = [
+        Pair(row["instruction"], row["before"]["response"], row["after"]["response"], "before PPO", "after PPO")
+        for row in rows
+    ]
+    for name, key in (("the learned reward", "learned"), (result["gold"], "gold")):
+        if name:
+            scores = [(row["before"][key], row["after"][key]) for row in rows]
+            judged = [
+                Annotation(**vars(pair), annotator=name, preference=higher(*both))
+                for pair, both in zip(pairs, scores, strict=True)
+            ]
+            _write_win_rate(run / "evaluations" / key, judged)
+    if judge is not None:
+        _write_win_rate(run / "evaluations" / "judge", annotate(judge, pairs), judge.notes())
+
+
+def _write_win_rate(folder: Path, judged: list[Annotation], notes: Sequence[str] = ()) -> None:
+    write_result(folder, {"evaluation": "HeadToHead", **summary(judged, notes)})
+    write_json(folder / "annotations.json", judged)
 
 
 def load_run(folder: Path) -> tuple[Any, Any, Any]:

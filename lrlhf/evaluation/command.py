@@ -17,23 +17,31 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: a bad option or config, or an input that cannot be used.
     """
-    parser = CommandParser("evaluate", DESCRIPTION)
-    parser.add_subclass_arguments(Evaluation, "evaluation", required=True)
-    parser.add_argument("--to", type=str | None, help="folder of the result (default: runs/evaluations/CLASS)")
-    parsed = parser.parse_args(arguments)
-    try:
-        built = parser.instantiate_classes(parsed)
-    except UserError:
-        raise
-    except ValueError as error:
-        parser.error(str(error), error)
-    evaluation: Evaluation = built.evaluation
-    folder = Path(parsed.to or f"runs/evaluations/{type(evaluation).__name__}").expanduser()
+    evaluation, folder = parse(arguments)
     folder.mkdir(parents=True, exist_ok=True)
     result = {"evaluation": type(evaluation).__name__, **evaluation.run(folder)}
     write_result(folder, result)
     print_result(result)
     print(f"Written: {folder}")
+
+
+def parse(arguments: list[str]) -> tuple[Evaluation, Path]:
+    """The evaluation that a command line describes, and the folder of its result.
+
+    Raises:
+        UserError: a bad option or config.
+    """
+    parser = CommandParser("evaluate", DESCRIPTION)
+    parser.add_subclass_arguments(Evaluation, "evaluation", required=True)
+    parser.add_argument("--to", type=str | None, help="folder of the result (default: runs/evaluations/CLASS)")
+    parsed = parser.parse_args(arguments)
+    try:
+        evaluation = parser.instantiate_classes(parsed).evaluation
+    except UserError:
+        raise
+    except ValueError as error:
+        parser.error(str(error), error)
+    return evaluation, Path(parsed.to or f"runs/evaluations/{type(evaluation).__name__}").expanduser()
 
 
 def print_result(result: dict[str, Any]) -> None:

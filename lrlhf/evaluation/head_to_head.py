@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
-from lrlhf.config import Sampling, check_ranges
+from lrlhf.config import DType, Sampling, check_ranges
 from lrlhf.datamodules.containers import ending
 from lrlhf.datamodules.formats import Row, read_rows
 from lrlhf.datamodules.prompts import Template
@@ -34,6 +34,7 @@ class HeadToHead(Evaluation):
         order: both shows each pair twice, the second time swapped; hash once, swapped for half of the instructions.
         sampling: how answers are drawn; null takes the run's own.
         template: how instructions are rendered; null takes the run's own, and for a base model its chat template.
+        dtype: of the frozen base of what answers; null takes the run's own, and bfloat16 for a base model.
         limit: prompts at most.
     """
 
@@ -46,11 +47,12 @@ class HeadToHead(Evaluation):
         order: Order = "both",
         sampling: Sampling | None = None,
         template: Template | None = None,
+        dtype: DType | None = None,
         limit: PositiveInt | None = None,
     ):
         self.model, self.judge, self.reference, self.prompts = model, judge, reference, prompts
         self.order, self.limit = order, limit
-        self.settings: dict[str, Any] = {"sampling": sampling, "template": template}
+        self.settings: dict[str, Any] = {"sampling": sampling, "template": template, "dtype": dtype}
         check_ranges(self)
 
     def run(self, folder: Path) -> dict[str, Any]:
