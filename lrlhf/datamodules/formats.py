@@ -195,7 +195,8 @@ class Columns:
 def _parse(columns: Columns, place: str, reading: Reading, from_zero: bool) -> Row:
     sides = _sides(columns, from_zero)
     margin = _margin(columns, reading)
-    dataset = str(columns.take("dataset") or "") if "dataset" in columns else ""
+    kind = next((name for name in ("dataset", "subset") if name in columns), None)
+    dataset = str(columns.take(kind) or "") if kind else ""
     if sides and isinstance(sides[0], str) and "Human:" in sides[0] and not columns.first((*CHATS, *PROMPTS)):
         messages, answers = _dialogue(*sides)
         return Row(messages, messages[-1][1], "", answers, margin, place, dataset)

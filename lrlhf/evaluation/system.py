@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lrlhf.config import DType, Quantization, Sampling
 from lrlhf.datamodules.collate import pad
+from lrlhf.datamodules.containers import BadRow
 from lrlhf.datamodules.formats import Row
 from lrlhf.datamodules.prompts import AlpacaTemplate, ChatTemplate, Template, encode_prompt, special_tokens
 from lrlhf.errors import UserError
@@ -126,11 +127,19 @@ class System:
         return int(getattr(self.backbone.model.config, "max_position_embeddings", None) or 2**20)
 
     def encode(self, row: Row, template: Template | None = None) -> list[int]:
-        """Token ids of a prompt, rendered by the system's own template or by another."""
+        """Token ids of a prompt, rendered by the system's own template or by another.
+
+        Raises:
+            UserError: a row that the template does not take.
+        """
         self.backbone  # noqa: B018 loads the tokenizer
         template = template or self.template
         assert template is not None
-        return encode_prompt(template, row, template.render(row, self.tokenizer), self.tokenizer, self._special)
+        try:
+            text = template.render(row, self.tokenizer)
+        except BadRow as error:
+            raise UserError(f"{row.place or 'a prompt'}: {error}.") from None
+        return encode_prompt(template, row, text, self.tokenizer, self._special)
 
     @torch.no_grad()
     def respond(self, prompts: Sequence[list[int]], sampling: Sampling | None = None, seed: int = 0) -> list[str]:
@@ -166,15 +175,17 @@ class System:
     def score(self, rows: Sequence[Row], responses: Sequence[str]) -> Tensor:
         """Scores [N] fp32 of responses by a reward model, each read at its end-of-sequence token.
 
+        A text that is longer than the model takes has the score nan.
+
         Raises:
-            UserError: the run trained no reward model, or a text is longer than the model takes.
+            UserError: the run trained no reward model.
         """
         if self.handover is None or not self.handover.head:
             raise UserError(f"{self.source} is no reward model; give the run folder or hand-over of a RewardModel run.")
         prompts = [self.encode(row) for row in rows]
         plain = {"add_special_tokens": False, "split_special_tokens": True}
         answers = [[*self.tokenizer(text, **plain)["input_ids"], self.end] for text in responses]
-        scores = torch.zeros(len(prompts))
+        scores = torch.full((len(prompts),), torch.nan)
         for index in self._batches([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], "scores"):
             left, right = pad([prompts[i] for i in index], left=True), pad([answers[i] for i in index], left=False)
             with self.backbone.role(ROLE):
@@ -183,13 +194,13 @@ class System:
 
     @torch.no_grad()
     def next_token_logits(self, prompts: Sequence[list[int]], tokens: Sequence[int]) -> Tensor:
-        """Logits [N, C] fp32 of C tokens after each of N prompts.
+        """Logits [N, C] fp32 of C tokens after each of N prompts; nan after one that is longer than the model takes.
 
         Args:
             prompts: token ids of each.
             tokens: to look at.
         """
-        logits = torch.zeros(len(prompts), len(tokens))
+        logits = torch.full((len(prompts), len(tokens)), torch.nan)
         for index in self._batches([len(ids) for ids in prompts], f"verdicts of {self.name}"):
             ids, mask = (x.to(self.device) for x in pad([prompts[i] for i in index], left=True))
             with self.backbone.role(ROLE):
@@ -198,10 +209,8 @@ class System:
         return logits
 
     def _batches(self, lengths: Sequence[int], what: str) -> Iterator[list[int]]:
-        """Row numbers in pieces of similar length."""
-        if lengths and max(lengths) > self.context:
-            raise UserError(f"{self.name}: a text of {max(lengths)} tokens is longer than its {self.context}.")
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        """Numbers of the rows that fit, in pieces of similar length."""
+        order = sorted((i for i, n in enumerate(lengths) if n <= self.context), key=lambda i: -lengths[i])
         starts = range(0, len(order), self.batch_size)
         for start in tqdm(starts, desc=what, disable=len(starts) < 2):
             yield order[start : start + self.batch_size]

@@ -1,0 +1,145 @@
+"""The report on a reward model: hand values, scipy, and the scores of training."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from lrlhf import AlpacaDataModule
+from lrlhf.__main__ import main
+from lrlhf.errors import UserError
+from lrlhf.evaluation import RewardModelAccuracy
+from lrlhf.evaluation.reward_accuracy import calibration_error, describe, notes, reliability
+from tests.conftest import write_jsonl
+from tests.modules.helpers import train_reward, train_sft
+
+HAND = pd.DataFrame(
+    {
+        "subset": ["Chat", "Chat", "Safety", "Safety"],
+        "chosen": [2.0, 0.0, 1.0, 3.0],
+        "rejected": [1.0, 1.0, 1.0, 0.0],
+        "chosen_length": [100, 50, 95, 10],
+        "rejected_length": [50, 50, 100, 40],
+    }
+)
+
+
+def lines(table) -> dict:
+    return {line.label: line.estimate for line in describe(table)["lines"]}
+
+
+def test_accuracy_and_the_baseline_by_hand():
+    found = lines(HAND)
+    assert found["accuracy (ties half)"].value == (1 + 0 + 0.5 + 1) / 4
+    assert found["the longer wins"].value == (1 + 0.5 + 0 + 0) / 4
+    assert found["accuracy minus the longer wins, paired"].value == pytest.approx(1 / 4)
+    assert found["accuracy on pairs alike in length"] == pytest.approx(lines(HAND[1:3])["accuracy (ties half)"])
+    assert found["margin, chosen minus rejected"].value == pytest.approx((1 - 1 + 0 + 3) / 4)
+    assert found["Chat: accuracy"].value == 0.5
+    assert found["Safety: accuracy"].value == 0.75
+    assert found["Safety: the longer wins"].value == 0
+
+
+def test_correlations_are_scipys():
+    rng = np.random.default_rng(0)
+    n = 80
+    table = pd.DataFrame({key: rng.normal(size=n).round(1) for key in ("chosen", "rejected")})
+    table["chosen_length"], table["rejected_length"] = rng.integers(1, 30, n), rng.integers(1, 30, n)
+    table["subset"] = ""
+    found = lines(table)
+    scores, lengths = pd.concat([table.chosen, table.rejected]), pd.concat([table.chosen_length, table.rejected_length])
+    assert found["score and length, rank correlation"].value == pytest.approx(stats.spearmanr(scores, lengths)[0])
+    differences = table.chosen - table.rejected, table.chosen_length - table.rejected_length
+    assert found["their differences, rank correlation"].value == pytest.approx(stats.spearmanr(*differences)[0])
+    assert found["their differences, rank correlation"].low < found["their differences, rank correlation"].value
+
+
+def test_a_calibrated_reward_model_has_no_calibration_error_and_an_overconfident_one_has():
+    rng = np.random.default_rng(0)
+    strength = rng.normal(0, 1.5, 20000)
+    difference = np.where(rng.random(20000) < 1 / (1 + np.exp(-strength)), strength, -strength)
+    assert calibration_error(difference) < 0.01
+    assert calibration_error(3 * difference) > 0.08
+
+
+def test_calibration_error_by_hand():
+    """Confidences 0.6 (right), 0.6 (wrong), 0.9 (right): bins 0.6 to 0.8 and 0.8 to 1 in both orders alike."""
+    logit = lambda p: np.log(p / (1 - p))  # noqa: E731
+    difference = np.array([logit(0.65), -logit(0.65), logit(0.9)])
+    assert calibration_error(difference) == pytest.approx(2 / 3 * abs(0.65 - 0.5) + 1 / 3 * abs(0.9 - 1))
+    bins = reliability(difference)
+    assert bins["n"] == [2, 1]
+    assert bins["confidence"] == pytest.approx([0.65, 0.9])
+    assert bins["accuracy"] == [0.5, 1.0]
+
+
+def test_notes_say_whether_it_beats_length():
+    right = pd.DataFrame({"chosen": [1.0] * 40, "rejected": [0.0] * 40, "chosen_length": [1] * 40})
+    right["rejected_length"], right["subset"] = 2, ""
+    assert notes(right)[0].startswith("The reward model beats the rule")
+    assert "0 pairs are alike in length" in notes(right)[1]
+    same = right.assign(chosen_length=3)
+    assert notes(same)[0].startswith("The reward model is not shown to beat")
+    assert notes(same.assign(chosen=-1.0))[0].startswith("The reward model loses to")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama, data_files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    train_sft(tiny_llama, data_files, folder / "sft")
+    return folder, train_reward(tiny_llama, data_files, folder / "reward", sft=str(folder / "sft/handover"))
+
+
+def test_scores_are_those_of_the_module_that_was_trained(runs, data_files, tmp_path):
+    folder, module = runs
+    RewardModelAccuracy(str(folder / "reward"), data_files["pairs"], batch_size=7).run(tmp_path)
+    table = pd.read_csv(tmp_path / "scores.csv")
+    data = AlpacaDataModule(val=data_files["pairs"], tokenizer=module.base_model, task="preference", val_batch_size=40)
+    data.setup("validate")
+    with torch.no_grad(), module.backbone.role("reward"):
+        theirs = module.pair_scores(next(iter(data.val_dataloader())))
+    assert table[["chosen", "rejected"]].to_numpy() == pytest.approx(theirs.numpy(), abs=1e-5)
+
+
+def test_rewardbenchs_columns_are_read_and_reported_by_subset(runs, tmp_path, capsys):
+    rows = [
+        {"id": i, "prompt": f"sun {i}", "chosen": "yes " * (i + 1), "rejected": "no", "subset": ("chat", "code")[i % 2]}
+        for i in range(12)
+    ]
+    pairs = write_jsonl(tmp_path / "rb.jsonl", [*rows, {**rows[0], "prompt": "x" * 600}])
+    main([
+        "evaluate", "--evaluation", "lrlhf.evaluation.RewardModelAccuracy", "--evaluation.reward_model",
+        str(runs[0] / "reward"), "--evaluation.pairs", pairs, "--to", str(tmp_path / "to"),
+    ])  # fmt: skip
+    result = json.loads((tmp_path / "to/evaluation.json").read_text())
+    labels = {line["label"]: line for line in result["lines"]}
+    assert labels["chat: accuracy"]["n"] == labels["code: accuracy"]["n"] == 6
+    assert labels["accuracy (ties half)"]["n"] == 12
+    assert result["notes"][0] == "1 of 13 pairs are longer than the base takes and in no number."
+    assert set(result["plots"]) == {"reliability", "score_against_length"}
+    assert len(result["plots"]["score_against_length"]["length"]) == 24
+    assert "the longer wins" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "row", "sentence"),
+    [
+        ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "is no reward model"),
+        ("reward", {"prompt": "a", "chosen": "b"}, "row 2"),
+        ("reward", {"instruction": "a", "output": "b"}, "row 2: expected two responses"),
+        ("nowhere", {"prompt": "a", "chosen": "b", "rejected": "c"}, "is no reward model"),
+    ],
+)
+def test_bad_input_is_one_sentence(runs, tmp_path, model, row, sentence):
+    pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, row])
+    with pytest.raises(UserError, match=sentence):
+        RewardModelAccuracy(str(runs[0] / model), pairs).run(tmp_path)
+
+
+def test_an_empty_file_is_refused(runs, tmp_path):
+    (tmp_path / "p.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no pair"):
+        RewardModelAccuracy(str(runs[0] / "reward"), str(tmp_path / "p.jsonl")).run(tmp_path)
