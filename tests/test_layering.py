@@ -27,6 +27,7 @@ HOMES = {
     "bitsandbytes": {"model/quantization.py"},
     "lightning.pytorch.cli": {"cli/lightning.py"},
     "matplotlib": {"report/plots.py"},
+    "plotly": {"report/page.py"},
     "rich": {"report/report.py", "evaluation/command.py"},
     "openai": {"evaluation/endpoint.py"},
     "sklearn": {"evaluation/win_rate.py"},

@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
         from lrlhf.report.report import write_report
 
         compare(run, gold, plan.compare.prompts, plan.compare.count, plan.compare.judge)
-        write_report(run)
+        write_report([run])
 
 
 def _divided(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:

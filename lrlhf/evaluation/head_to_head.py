@@ -1,7 +1,7 @@
 """One system against another, or several: win rates by a judge, with intervals, and with lengths beside them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,14 +165,14 @@ def summary(annotations: Sequence[Annotation], notes: Sequence[str] = ()) -> dic
         notes: the judge's.
     """
     found, first = measure(annotations), annotations[0]
-    notes = [_verdict(found["win_rate"], found["swap_consistency"]), *_unanswered(annotations), *notes]
+    said = [_verdict(found["win_rate"], found["swap_consistency"]), *_length(found), *_unanswered(annotations)]
     places = dict.fromkeys(round(i * (len(annotations) - 1) / 4) for i in range(5))
     samples = [vars(annotations[i]) | {"word": _word(annotations[i])} for i in places]
     return {
         "title": f"{first.generator_2} against {first.generator_1}, judged by {first.annotator}",
         "judge": first.annotator,
         "lines": win_rate_lines(found),
-        "notes": notes,
+        "notes": [*said, *notes],
         "samples": samples,
     }
 
@@ -189,6 +189,15 @@ def _verdict(rate: Estimate, consistency: Estimate) -> str:
     if rate.low <= 0.5 <= rate.high:
         return f"No difference is shown: the interval of the win rate includes 50 % ({told})."
     return f"The {'model' if rate.value > 0.5 else 'reference'} is preferred ({told})."
+
+
+def _length(found: Mapping[str, Estimate]) -> list[str]:
+    """Where length alone may explain a difference."""
+    raw, controlled = found["win_rate"], found["length_controlled_win_rate"]
+    if raw.low <= 0.5 <= raw.high or not controlled.low <= 0.5 <= controlled.high:
+        return []
+    told = f"{controlled.value:.1%}, {controlled.low:.1%} to {controlled.high:.1%}"
+    return [f"At equal lengths no difference is shown (length-controlled {told}): the rest may be length."]
 
 
 def _unanswered(annotations: Sequence[Annotation]) -> list[str]:

@@ -231,7 +231,7 @@ def bradley_terry(games: Sequence[Annotation], resamples: int = 200) -> dict[str
 
 
 def win_rate_lines(found: Mapping[str, Estimate]) -> list[Line]:
-    """What `WinRate` computed, for people: lengths always beside win rates."""
+    """What `WinRate` computed, for people: lengths always beside win rates, and no line that says what another says."""
     labels = {
         "win_rate": ("win rate (ties half)", ".1%"),
         "length_controlled_win_rate": ("length-controlled win rate", ".1%"),
@@ -243,9 +243,10 @@ def win_rate_lines(found: Mapping[str, Estimate]) -> list[Line]:
         "reference_length": ("reference's output, characters", ".0f"),
         "judged": ("pairs with an answer", ".1%"),
     }
-    return [
-        Line(label, found[name], style) for name, (label, style) in labels.items() if not math.isnan(found[name].value)
-    ]
+    same = found["discrete_win_rate"].value == found["win_rate"].value
+    left_out = ["discrete_win_rate"] * same + ["judged"] * (found["judged"].value == 1)
+    shown = (name for name in labels if name not in left_out and not math.isnan(found[name].value))
+    return [Line(labels[name][0], found[name], labels[name][1]) for name in shown]
 
 
 def _tensor(values: Sequence[float | None]) -> Tensor:

@@ -179,12 +179,16 @@ class AlignmentModule(L.LightningModule):
             parent.check_template(self.template_fingerprint())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Before the first iteration of every fit, run the self-check on its batch."""
+        """Before the first iteration of every fit, run the self-check on its batch and keep what it found."""
         self._check_batch(batch)
         if not self._checked:
             with gathered(self.backbone):
-                self.self_check(batch)
+                found = self.self_check(batch)
             self._checked = True
+            if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                path = Path(self.trainer.default_root_dir) / "self_checks.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(f"{sentence}\n" for sentence in found or ()))
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Refuse a batch of another kind than this stage works on."""
@@ -200,14 +204,17 @@ class AlignmentModule(L.LightningModule):
                 "use lrlhf.AlpacaDataModule, or a data module that collates such batches."
             )
 
-    def self_check(self, batch: Any) -> None:
+    def self_check(self, batch: Any) -> list[str]:
         """Compare our passes with the model's own on rows of the first batch.
+
+        Returns:
+            A sentence for each check, with what it measured.
 
         Raises:
             UserError: they differ by more than rounding.
         """
         text = unequal_rows(getattr(batch, "chosen", batch))
-        check_passes(self.backbone, self.role, text, self.stop_ids, rounding(self.dtype_name, self.quantize))
+        return [check_passes(self.backbone, self.role, text, self.stop_ids, rounding(self.dtype_name, self.quantize))]
 
     def on_train_start(self) -> None:
         """Give every process its own random numbers for dropout from here on; until now all had the same."""

@@ -140,20 +140,20 @@ class PPOPolicy(AlignmentModule):
         if size % world_size():
             raise UserError(f"model.ppo.minibatch_size={size} does not divide among {world_size()} processes.")
 
-    def self_check(self, batch: Prompts) -> None:
+    def self_check(self, batch: Prompts) -> list[str]:
         """Everything is what it claims to be: base, roles, reward model, passes, update, and at step 0 the policy."""
-        check_trainable(self.backbone, ("policy", "critic"))
-        check_base(self.backbone)
-        for parent in self.parents.values():
-            check_reward_model(self.backbone, self.tokenizer, parent, self.dtype_name)
-        super().self_check(batch)
+        found = [check_trainable(self.backbone, ("policy", "critic")), check_base(self.backbone)]
+        probes = [check_reward_model(self.backbone, self.tokenizer, p, self.dtype_name) for p in self.parents.values()]
+        found += [probe for probe in probes if probe is not None]
+        found += super().self_check(batch)
         text, allowed = unequal_rows(batch), rounding(self.dtype_name, self.quantize)
-        check_update(self.backbone, lambda rows: self.statistics(rows).logprobs, text, allowed)
+        found.append(check_update(self.backbone, lambda rows: self.statistics(rows).logprobs, text, allowed))
         if self.iteration == 0:
             log_ratio = self.logprobs(text, "policy") - self.logprobs(text, "reference")
             exact = (exact_kl, exact_js, exact_total_variation)
-            found = self.divergences(text, exact)
-            check_policy_is_reference(log_ratio, {f.__name__: d for f, d in zip(exact, found, strict=True)})
+            divergences = zip(exact, self.divergences(text, exact), strict=True)
+            found.append(check_policy_is_reference(log_ratio, {f.__name__: d for f, d in divergences}))
+        return found
 
     # One iteration
 

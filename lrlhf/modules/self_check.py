@@ -1,4 +1,7 @@
-"""Before a stage trains a step: is everything what it claims to be? Seconds, and one sentence when it is not."""
+"""Before a stage trains a step: is everything what it claims to be? Seconds, and one sentence when it is not.
+
+Each check returns a sentence with what it measured, for self_checks.txt.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +49,7 @@ def rounding(dtype: str, quantize: Quantization | None) -> float:
 
 
 @torch.no_grad()
-def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tensor, allowed: float) -> None:
+def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tensor, allowed: float) -> str:
     """Rows of unequal length through the engine, and one by one, unpadded, through the model's own forward pass.
 
     1. Log-probs of the responses agree, in the role that the stage trains.
@@ -65,7 +68,7 @@ def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tenso
     with backbone.role(role):
         ours = token_statistics(backbone.encode(text), backbone.lm_head, text.response_ids, text.response_mask).logprobs
         expected, _ = _plain_logprobs(backbone, text)
-        _refuse_difference(backbone, "log-probs", ours[text.response_mask] - expected, allowed)
+        off = _refuse_difference(backbone, "log-probs", ours[text.response_mask] - expected, allowed)
         sampled = sample_responses(
             backbone,
             text.prompt_ids,
@@ -75,16 +78,21 @@ def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tenso
             uniforms=text.prompt_ids.new_zeros(ROWS, SAMPLED),
         )
         taken, likeliest = _plain_logprobs(backbone, Sequences(text.prompt_ids, text.prompt_mask, *sampled))
-        _refuse_difference(backbone, "samples", taken - likeliest, allowed)
+        sampled_off = _refuse_difference(backbone, "samples", taken - likeliest, allowed)
+    return (
+        f"Log-probs are {off:.2g} and samples {sampled_off:.2g} nats a token from the base's own forward pass; rounding "
+        f"may give {allowed}."
+    )
 
 
-def _refuse_difference(backbone: Backbone, what: str, difference: Tensor, allowed: float) -> None:
+def _refuse_difference(backbone: Backbone, what: str, difference: Tensor, allowed: float) -> float:
     off = float(difference.abs().mean())
     if not off <= allowed:
         raise UserError(
             f"self-check: {what} of {backbone.base_model} are {off:.2g} nats a token from its own forward pass, more "
             f"than rounding gives ({allowed}): this architecture does not run rightly here; report it."
         )
+    return off
 
 
 def unequal_rows(batch: Sequences | Prompts) -> Sequences:
@@ -124,7 +132,7 @@ def _plain_logprobs(backbone: Backbone, text: Sequences) -> tuple[Tensor, Tensor
     return torch.cat(taken), torch.cat(likeliest)
 
 
-def check_base(backbone: Backbone) -> None:
+def check_base(backbone: Backbone) -> str:
     """With the adapters off the base gives the logits it gave when it was loaded, bit for bit.
 
     Raises:
@@ -134,9 +142,10 @@ def check_base(backbone: Backbone) -> None:
         raise UserError(
             f"self-check: the base model changed (adapters-off logits moved by {drift:.3g}); load it again."
         )
+    return "The base gives the logits that it gave when it was loaded, bit for bit."
 
 
-def check_trainable(backbone: Backbone, trained: Sequence[str]) -> None:
+def check_trainable(backbone: Backbone, trained: Sequence[str]) -> str:
     """Inside each role that trains exactly its own parameters require gradients; inside the others none does.
 
     Args:
@@ -152,9 +161,10 @@ def check_trainable(backbone: Backbone, trained: Sequence[str]) -> None:
             found = {id(p) for p in backbone.parameters() if p.requires_grad}
         if ours != found:
             raise UserError(f"self-check: {len(ours ^ found)} parameters train wrongly in the role {role}.")
+    return f"In each of {', '.join(trained)} exactly its own parameters train, in other roles none."
 
 
-def check_reward_model(backbone: Backbone, tokenizer: Any, handover: Handover, dtype: str) -> None:
+def check_reward_model(backbone: Backbone, tokenizer: Any, handover: Handover, dtype: str) -> str | None:
     """The reward model scores the probe text as its manifest says.
 
     Args:
@@ -167,7 +177,7 @@ def check_reward_model(backbone: Backbone, tokenizer: Any, handover: Handover, d
         UserError: it does not.
     """
     if handover.probe_score is None:
-        return
+        return None
     score = score_probe(backbone, "reward", tokenizer)
     tolerance = max(TOLERANCE[handover.dtype], TOLERANCE[dtype])
     if abs(score - handover.probe_score) > tolerance * max(1.0, abs(handover.probe_score)):
@@ -175,9 +185,10 @@ def check_reward_model(backbone: Backbone, tokenizer: Any, handover: Handover, d
             f"self-check: the reward model scores the probe text {score:.6g}, its manifest says "
             f"{handover.probe_score:.6g}; {handover.folder} is not the model that was trained."
         )
+    return f"The reward model scores the probe text {score:.6g}, its manifest says {handover.probe_score:.6g}."
 
 
-def check_update(backbone: Backbone, logprobs: Callable[[Sequences], Tensor], text: Sequences, allowed: float) -> None:
+def check_update(backbone: Backbone, logprobs: Callable[[Sequences], Tensor], text: Sequences, allowed: float) -> str:
     """PPO's first ratio is 1: an update's log-probs are those of the rollout.
 
     Args:
@@ -199,9 +210,12 @@ def check_update(backbone: Backbone, logprobs: Callable[[Sequences], Tensor], te
             f"self-check: in an update the log-probs are {off:.2g} nats a token from those of the rollout, so PPO's "
             f"first ratio is not 1: {backbone.base_model} drops or changes something while it trains."
         )
+    return (
+        f"In an update the log-probs are {off:.2g} nats a token from those of the rollout; rounding may give {allowed}."
+    )
 
 
-def check_policy_is_reference(log_ratio: Tensor, divergences: dict[str, Tensor]) -> None:
+def check_policy_is_reference(log_ratio: Tensor, divergences: dict[str, Tensor]) -> str:
     """At step 0 the largest absolute log-ratio is 0, and so is every divergence.
 
     Args:
@@ -216,3 +230,4 @@ def check_policy_is_reference(log_ratio: Tensor, divergences: dict[str, Tensor])
     for name, values in divergences.items():
         if not (value := float(values.abs().max())) <= 1e-6:
             raise UserError(f"self-check: {name} is {value:.3g} at step 0, not 0.")
+    return f"At step 0 the policy is its reference: log-ratio 0, {', '.join(divergences)} at most 1e-6."

@@ -1,15 +1,16 @@
-"""The plots of a run, from its metrics.csv files: reward against divergence first."""
+"""The plots of runs, described once and drawn twice: as images by matplotlib, and for a browser by plotly."""
 
 import math
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import pandas as pd
-import yaml
 
 from lrlhf.errors import UserError
-from lrlhf.report import STAGES
-from lrlhf.report.curves import Curves, read_curves
+from lrlhf.report.curves import Curves
+from lrlhf.report.runs import Run
+from lrlhf.report.verdict import RATE
 
 try:
     from matplotlib.axes import Axes
@@ -17,6 +18,7 @@ try:
 except ImportError as error:
     raise UserError(f"lrlhf report needs {error.name}: pip install 'lrlhf[demo]'.") from None
 
+COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#475569")
 DIVERGENCE = "train/divergence/"
 PLOTS = (  # stage, metric, title, unit, dotted guide, what to look for
     ("ppo", "score", "Learned score", "score, mean of a rollout", None,
@@ -38,85 +40,195 @@ PLOTS = (  # stage, metric, title, unit, dotted guide, what to look for
 )  # fmt: skip
 
 
-class Plot(NamedTuple):
-    """A figure, its file name, and a sentence on what to look for."""
+@dataclass(frozen=True)
+class Curve:
+    """Points of one colour, perhaps joined, perhaps with a band around them; nan is a gap."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str
+    style: Literal["line", "dashed", "points"] = "line"
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    hover: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture: its file name, its words, a sentence on what to look for, and its curves."""
 
     name: str
+    title: str
+    x: str
+    y: str
     hint: str
-    figure: Figure
+    curves: list[Curve] = field(default_factory=list)
+    guide: float | None = None
+    diagonal: bool = False
 
 
-def make_plots(run: Path) -> list[Plot]:
-    """The plots whose metrics an align run logged."""
-    stages = {stage: read_curves(run / stage / "metrics.csv") for stage in STAGES}
-    plots = [frontier_plot(stages["ppo"], penalised_divergence(run, stages["ppo"]))]
-    for stage, metric, title, unit, guide, hint in PLOTS:
-        found = {"training": stages[stage].get(f"train/{metric}"), "held-out": stages[stage].get(f"val/{metric}")}
-        curves = {label: curve for label, curve in found.items() if curve is not None}
-        if curves:
-            steps = "PPO iteration" if stage == "ppo" else "optimizer step"
-            plots.append(Plot(f"{stage}_{metric}", hint, line_figure(title, steps, unit, curves, guide)))
-    return [plot for plot in plots if plot]
+def make_plots(runs: Sequence[Run]) -> list[Plot]:
+    """The plots whose metrics a run logged or an evaluation found, all runs in each."""
+    judges = dict.fromkeys(
+        n.removeprefix(RATE) for run in runs for n in run.curves.get("ppo", {}) if n.startswith(RATE)
+    )
+    plots = [frontier_plot(runs), *(win_rate_plot(runs, judge) for judge in judges)]
+    plots += [metric_plot(runs, *line) for line in PLOTS]
+    plots += [plot for i, run in enumerate(runs) for plot in evaluation_plots(run, f"{i}_" if len(runs) > 1 else "")]
+    return [plot for plot in plots if plot.curves]
 
 
-def line_figure(title: str, steps: str, unit: str, curves: Curves, guide: float | None) -> Figure:
-    """Curves over their steps, counted from 1."""
-    figure, axes = _axes(title, steps, unit)
-    for (label, curve), color in zip(curves.items(), ("#2563eb", "#ea580c"), strict=False):
-        marker = "o" if len(curve) <= 40 else ""
-        axes.plot(curve.index + 1, curve.values, marker=marker, ms=3.5, lw=1.4, color=color, label=label)
-    if guide is not None:
-        axes.axhline(guide, color="#475569", lw=1.2, ls=":")
-    if len(curves) > 1:
-        axes.legend(frameon=False)
-    return figure
+def metric_plot(
+    runs: Sequence[Run], stage: str, metric: str, title: str, unit: str, guide: float | None, hint: str
+) -> Plot:
+    """A metric over its steps, counted from 1: training as a line, held-out dashed."""
+    curves = []
+    for label, color, run in _labelled(runs):
+        kinds = {"training": ("train", "line"), "held-out": ("val", "dashed")}
+        found = {k: run.curves.get(stage, {}).get(f"{where}/{metric}") for k, (where, _) in kinds.items()}
+        for kind, values in found.items():
+            if values is not None:
+                alone = color if kind == "training" else COLORS[1] if len(runs) == 1 else color
+                curves.append(_curve(f"{label}{kind}", values, alone, kinds[kind][1]))
+    return Plot(
+        f"{stage}_{metric}", title, "PPO iteration" if stage == "ppo" else "optimizer step", unit, hint, curves, guide
+    )
 
 
-def frontier_plot(ppo: Curves, name: str | None) -> Plot | None:
-    """What the policy paid in divergence for its score, iteration by iteration; None where one was not logged.
+def win_rate_plot(runs: Sequence[Run], judge: str) -> Plot:
+    """A judge's win rate against the reference with its interval, and length-controlled, over iterations."""
+    curves = []
+    for label, color, run in _labelled(runs):
+        logged = run.curves.get("ppo", {})
+        ends = [logged.get(f"val/win_rate_{end}/{judge}") for end in ("low", "high")]
+        if (rate := logged.get(f"{RATE}{judge}")) is not None:
+            band = None if ends[0] is None or ends[1] is None else (_at(ends[0], rate), _at(ends[1], rate))
+            curves.append(_curve(f"{label}win rate", rate, color, "line", band))
+        if (controlled := logged.get(f"val/length_controlled_win_rate/{judge}")) is not None:
+            curves.append(_curve(f"{label}length-controlled", controlled, color, "dashed"))
+    hint = "Against the reference; the band is the 95 % interval. What lies above the dashed line is length."
+    return Plot(f"win_rate_{judge}", f"Win rate by {judge}", "PPO iteration", "share of prompts", hint, curves, 0.5)
 
-    Args:
-        ppo: what the PPO stage logged.
-        name: of the divergence.
-    """
-    both = [ppo.get("train/score"), ppo.get(f"{DIVERGENCE}{name}")]
-    if any(curve is None for curve in both):
-        return None
-    points = pd.concat(both, axis=1, join="inner", keys=["score", "divergence"])
-    distance = f"{name} from the reference, per token"
-    figure, axes = _axes("Reward against divergence", distance, "score, mean of a rollout")
-    axes.plot(points["divergence"], points["score"], color="#cbd5e1", lw=1, zorder=1)
-    dots = axes.scatter(points["divergence"], points["score"], c=points.index + 1, cmap="viridis", s=26, zorder=2)
-    figure.colorbar(dots, label="PPO iteration")
+
+def frontier_plot(runs: Sequence[Run]) -> Plot:
+    """What the policy paid in divergence for its score, iteration by iteration, where both were logged."""
+    curves, names = [], []
+    for label, color, run in _labelled(runs):
+        ppo = run.curves.get("ppo", {})
+        name = penalised_divergence(run.configs.get("ppo", {}), ppo)
+        both = [ppo.get("train/score"), ppo.get(f"{DIVERGENCE}{name}")]
+        if both[0] is not None and both[1] is not None:
+            points = pd.concat(both, axis=1, join="inner", keys=["score", "divergence"])
+            steps = [f"iteration {step + 1:.0f}" for step in points.index]
+            label = f"{label}{name}" if len(runs) > 1 else str(name)
+            curves.append(Curve(label, list(points["divergence"]), list(points["score"]), color, "line", None, steps))
+            names.append(str(name))
+    distance = f"{' or '.join(dict.fromkeys(names))} from the reference, per token"
     hint = "The right is far from the reference. Good runs climb early; moving right without climbing pays for nothing."
-    return Plot("reward_against_divergence", hint, figure)
+    return Plot(
+        "reward_against_divergence", "Reward against divergence", distance, "score, mean of a rollout", hint, curves
+    )
 
 
-def penalised_divergence(run: Path, ppo: Curves) -> str | None:
-    """The name of the divergence that the run's config penalises; without a config the only one that was logged.
+def evaluation_plots(run: Run, prefix: str) -> Iterable[Plot]:
+    """Reliability and length, of reward models that were evaluated."""
+    for number, result in enumerate(run.evaluations):
+        found, end = result.get("plots") or {}, f"{prefix}{number}"
+        if bins := found.get("reliability"):
+            hover = [f"{n} pairs" for n in bins["n"]]
+            curve = Curve("reward model", bins["confidence"], bins["accuracy"], COLORS[0], "line", None, hover)
+            hint = "On the dotted line the reward model is as often right as it says; below, it is too sure of itself."
+            yield Plot(f"reliability_{end}", "Reliability", "confidence", "accuracy", hint, [curve], diagonal=True)
+        if points := found.get("score_against_length"):
+            curve = Curve("response", points["length"], points["score"], COLORS[0], "points")
+            hint = "A cloud that climbs to the right: the reward model pays for words."
+            yield Plot(f"score_length_{end}", "Score against length", "characters", "score", hint, [curve])
+
+
+def penalised_divergence(config: dict[str, Any], logged: Curves) -> str | None:
+    """The name of the divergence that a PPO config penalises; without a config the only one that was logged.
 
     Args:
-        run: folder of an align run.
-        ppo: what its PPO stage logged.
+        config: of the PPO stage.
+        logged: by it.
     """
-    try:
-        callbacks = yaml.safe_load((run / "ppo" / "config.yaml").read_text())["trainer"]["callbacks"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        callbacks = None
+    trainer = config.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if isinstance(callback, dict) and str(callback.get("class_path")).endswith("DivergenceCallback"):
             divergence = (callback.get("init_args") or {}).get("divergence") or "kl"
             path = divergence.get("class_path", "") if isinstance(divergence, dict) else str(divergence)
             return path.rpartition(".")[2]
-    logged = [name.removeprefix(DIVERGENCE) for name in ppo if name.startswith(DIVERGENCE)]
-    return logged[0] if len(logged) == 1 else None
+    names = [name.removeprefix(DIVERGENCE) for name in logged if name.startswith(DIVERGENCE)]
+    return names[0] if len(names) == 1 else None
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+def image(plot: Plot) -> Figure:
+    """For a file."""
     figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
-    axes.set(xlabel=x, ylabel=y)
+    axes: Axes = figure.subplots()
+    axes.set_title(plot.title, loc="left", fontweight="bold", fontsize=11)
+    axes.set(xlabel=plot.x, ylabel=plot.y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e2e8f0", lw=0.8)
-    return figure, axes
+    for curve in plot.curves:
+        line = {"line": "-", "dashed": "--", "points": ""}[curve.style]
+        marker = "o" if len(curve.x) <= 40 or curve.style == "points" else ""
+        axes.plot(curve.x, curve.y, ls=line, marker=marker, ms=3.5, lw=1.4, color=curve.color, label=curve.label)
+        if curve.band:
+            axes.fill_between(curve.x, *curve.band, color=curve.color, alpha=0.15, lw=0)
+    if plot.guide is not None:
+        axes.axhline(plot.guide, color="#475569", lw=1.2, ls=":")
+    if plot.diagonal:
+        axes.axline((0.5, 0.5), slope=1, color="#475569", lw=1.2, ls=":")
+    if len(plot.curves) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def interactive(plot: Plot) -> dict[str, Any]:
+    """For plotly in a browser: {data, layout}, JSON values."""
+    data: list[dict[str, Any]] = []
+    for curve in plot.curves:
+        if curve.band:
+            edge = {"x": list(curve.x), "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+            data.append({**edge, "y": _json(curve.band[0])})
+            data.append({**edge, "y": _json(curve.band[1]), "fill": "tonexty", "fillcolor": f"{curve.color}26"})
+        joined = {"width": 2, "color": curve.color, "dash": "dash" if curve.style == "dashed" else "solid"}
+        mode = "markers" if curve.style == "points" else "lines+markers" if len(curve.x) <= 40 else "lines"
+        trace = {"x": _json(curve.x), "y": _json(curve.y), "name": curve.label, "mode": mode, "line": joined}
+        data.append(trace | {"marker": {"size": 5, "color": curve.color}, "text": list(curve.hover or ())})
+    dotted = {"type": "line", "line": {"dash": "dot", "color": "#475569", "width": 1.5}}
+    across = {**dotted, "xref": "paper", "x0": 0, "x1": 1, "y0": plot.guide, "y1": plot.guide}
+    diagonal = {**dotted, "x0": 0.5, "x1": 1, "y0": 0.5, "y1": 1}
+    layout = {
+        "title": {"text": plot.title, "x": 0, "xref": "paper", "font": {"size": 15}},
+        "xaxis": {"title": {"text": plot.x}, "gridcolor": "#e2e8f0", "zeroline": False},
+        "yaxis": {"title": {"text": plot.y}, "gridcolor": "#e2e8f0", "zeroline": False, "automargin": True},
+        "margin": {"l": 50, "r": 10, "t": 40, "b": 45},
+        "height": 320,
+        "plot_bgcolor": "white",
+        "legend": {"orientation": "h", "y": -0.25},
+        "showlegend": len(plot.curves) > 1,
+        "shapes": [across] * (plot.guide is not None) + [diagonal] * plot.diagonal,
+    }
+    return {"data": data, "layout": layout}
+
+
+def _labelled(runs: Sequence[Run]) -> Iterable[tuple[str, str, Run]]:
+    """What stands before a curve's label, its colour, and the run; one run alone needs no name."""
+    for i, run in enumerate(runs):
+        yield f"{run.name}: " if len(runs) > 1 else "", COLORS[i % len(COLORS)], run
+
+
+def _curve(label: str, values: pd.Series, color: str, style: Any, band: Any = None) -> Curve:
+    return Curve(label, list(values.index + 1), list(values), color, style, band)
+
+
+def _at(values: pd.Series, others: pd.Series) -> list[float]:
+    return list(values.reindex(others.index))
+
+
+def _json(values: Sequence[float]) -> list[float | None]:
+    """JSON knows no nan and no infinity."""
+    return [float(value) if math.isfinite(value) else None for value in values]

@@ -8,7 +8,7 @@ import yaml
 
 from lrlhf.errors import UserError
 
-OWN = ("checkpoints", "handover", "metrics.csv", "samples.jsonl", "config.yaml")
+OWN = ("checkpoints", "handover", "metrics.csv", "samples.jsonl", "self_checks.txt", "config.yaml")
 """What a fit writes into its folder."""
 
 LENGTH = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.max_time")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrlhf import UserError
-from tests.modules.helpers import ppo_after_both_stages, prompt_data
+from tests.modules.helpers import ppo_after_both_stages, prompt_data, train_sft
 
 
 @pytest.fixture
@@ -15,9 +15,18 @@ def ready(tmp_path, tiny_llama, data_files):
     return module, next(iter(data.train_dataloader()))
 
 
-def test_a_sound_start_passes(ready):
+def test_a_sound_start_passes_and_says_what_it_found(ready):
     module, batch = ready
-    module.self_check(batch)
+    found = module.self_check(batch)
+    assert len(found) == 6
+    assert all("None" not in sentence and sentence.endswith(".") for sentence in found)
+    score = module.parents[module.reward_model].probe_score
+    assert f"scores the probe text {score:.6g}, its manifest says {score:.6g}" in found[2]
+
+
+def test_what_was_found_is_kept_in_the_run_folder(tmp_path, tiny_llama, data_files):
+    train_sft(tiny_llama, data_files, tmp_path / "run", limit_train_batches=1)
+    assert "nats a token from the base's own forward pass" in (tmp_path / "run/self_checks.txt").read_text()
 
 
 def nudge(parameter):

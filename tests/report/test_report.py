@@ -9,22 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from scipy import stats
 
 from lrlhf.errors import UserError
 from lrlhf.evaluation.estimates import mean_interval, wilson_interval
 from lrlhf.report.curves import read_curves
 from lrlhf.report.plots import make_plots, penalised_divergence
-from lrlhf.report.report import (
-    choose_samples,
-    difference,
-    main,
-    make_table,
-    printable,
-    verdict,
-    write_report,
-)
+from lrlhf.report.report import main, write_report
+from lrlhf.report.runs import Run
+from lrlhf.report.tables import choose_samples, make_table, printable
+from lrlhf.report.verdict import difference, verdict
 
 HOSTILE = '<script>alert("1")</script> & [red]two[/red]\n  indented'
 
@@ -199,31 +193,31 @@ def test_a_step_that_diverged_is_a_gap_and_not_a_straight_line(tmp_path):
     assert math.isnan(curve[1])
 
 
-def test_the_penalised_divergence_is_the_one_of_the_config(tmp_path):
+def test_the_penalised_divergence_is_the_one_of_the_config():
     logged = {"train/divergence/kl": None, "train/divergence/js": None}
-    (tmp_path / "ppo").mkdir()
-    config = tmp_path / "ppo/config.yaml"
     callback = {"class_path": "lrlhf.DivergenceCallback", "init_args": {"divergence": "lrlhf.functional.js"}}
     for callbacks in ([{"class_path": "lrlhf.SampleLog"}, callback], callback):
-        config.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
-        assert penalised_divergence(tmp_path, logged) == "js"
-    config.write_text(yaml.safe_dump({"trainer": {"callbacks": None}}))
-    assert penalised_divergence(tmp_path, logged) is None
-    assert penalised_divergence(tmp_path, {"train/divergence/kl": None}) == "kl"
-    for text in ("", "trainer: [", "3", "trainer: {callbacks: [lrlhf.SampleLog]}"):
-        config.write_text(text)
-        assert penalised_divergence(tmp_path, logged) is None
+        assert penalised_divergence({"trainer": {"callbacks": callbacks}}, logged) == "js"
+    assert penalised_divergence({"trainer": {"callbacks": None}}, logged) is None
+    assert penalised_divergence({"trainer": {"callbacks": None}}, {"train/divergence/kl": None}) == "kl"
+    for config in ({}, {"trainer": []}, {"trainer": {"callbacks": ["lrlhf.SampleLog"]}}):
+        assert penalised_divergence(config, logged) is None
     callback["init_args"]["divergence"] = {"class_path": "mine.Squared"}
-    config.write_text(yaml.safe_dump({"trainer": {"callbacks": callback}}))
-    assert penalised_divergence(tmp_path, logged) == "Squared"
-    config.unlink()
-    assert penalised_divergence(tmp_path, logged) is None
-    assert penalised_divergence(tmp_path, {"train/divergence/kl": None, "train/score": None}) == "kl"
-    assert penalised_divergence(tmp_path, {}) is None
+    assert penalised_divergence({"trainer": {"callbacks": callback}}, logged) == "Squared"
+    assert penalised_divergence({}, {"train/divergence/kl": None, "train/score": None}) == "kl"
+    assert penalised_divergence({}, {}) is None
+
+
+@pytest.mark.parametrize("text", ["", "trainer: [", "3", "\x00"])
+def test_a_config_that_cannot_be_read_costs_no_report(tmp_path, text):
+    run = make_run(tmp_path / "run")
+    write_all_metrics(run)
+    (run / "ppo/config.yaml").write_text(text)
+    assert "reward_against_divergence" in write_report([run]).read_text()
 
 
 def test_no_metrics_make_no_plots(tmp_path):
-    assert make_plots(tmp_path) == []
+    assert make_plots([Run(tmp_path, "run")]) == []
 
 
 # The page
@@ -232,7 +226,7 @@ def test_no_metrics_make_no_plots(tmp_path):
 def test_the_page_stands_alone(tmp_path, capsys):
     run = make_run(tmp_path / "run")
     write_all_metrics(run)
-    page = write_report(run)
+    page = write_report([run])
     text = page.read_text(encoding="utf-8")
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     files = sorted(path.name for path in (run / "plots").iterdir())
@@ -241,7 +235,9 @@ def test_the_page_stands_alone(tmp_path, capsys):
     assert files == sorted(health + others)
     assert len(images) == len(files)
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
-    assert not re.search(r"<script|https?://|<link|@import", text)
+    outside = re.sub(r"<script type=.*?</script>", "", text, flags=re.S)
+    assert not re.search(r"https?://|@import", outside)
+    assert outside.count("<script>") == 1
     terminal = capsys.readouterr().out
     for words in ("vader_sentiment", "+1.737 to +6.263", "excludes 0", "75.0%", "exact_js", "sft 60 s, ppo 120 s"):
         assert words in " ".join(terminal.split()), words
@@ -252,8 +248,8 @@ def test_the_page_stands_alone(tmp_path, capsys):
 def test_responses_are_shown_as_they_are_and_never_run(tmp_path, capsys):
     rows = make_rows([1.0], gold=0.0)
     rows[0]["after"]["response"] = rows[0]["instruction"] = HOSTILE + "\x1b[2J\x00\ud800"
-    text = write_report(make_run(tmp_path, rows=rows)).read_text(encoding="utf-8")
-    assert "<script" not in text
+    text = write_report([make_run(tmp_path, rows=rows)]).read_text(encoding="utf-8")
+    assert "<script" not in text.partition("</style>")[2].partition("<script type")[0]
     assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; [red]two[/red]\n  indented" in text
     terminal = capsys.readouterr().out
     assert terminal.count("[red]two[/red]") == 2  # instruction and response
@@ -280,7 +276,7 @@ def test_printable_keeps_lines_and_emoji():
     ],
 )
 def test_what_was_not_measured_is_left_out(tmp_path, changes):
-    text = write_report(make_run(tmp_path, **changes)).read_text()
+    text = write_report([make_run(tmp_path, **changes)]).read_text()
     assert "<img" not in text
     assert "None" not in text
     assert ("Reward model, held-out" in text) == bool(changes.get("reward_model", True))
@@ -291,7 +287,7 @@ def test_what_was_not_measured_is_left_out(tmp_path, changes):
 def test_a_single_iteration_is_plotted(tmp_path):
     run = make_run(tmp_path)
     write_metrics(run, "ppo", "step,train/score,train/divergence/kl\n0,1.0,0.0\n")
-    write_report(run)
+    write_report([run])
     assert sorted(p.name for p in (run / "plots").iterdir()) == ["ppo_score.png", "reward_against_divergence.png"]
 
 
@@ -303,12 +299,12 @@ def test_help_prints_the_usage(capsys):
         main(["--help"])
     assert stop.value.code == 0
     assert "usage: lrlhf report" in (told := capsys.readouterr().out)
-    assert "run folder of lrlhf align" in told
+    assert "folders of lrlhf align" in told
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [([], "run must be given"), (["a", "b"], "unexpected argument b"), (["--runs"], "unknown option --runs")],
+    [([], "runs must be given"), (["--runs"], "unknown option --runs"), (["a", "--tu", "b"], "unknown option --tu")],
 )
 def test_wrong_usage_is_a_user_error(arguments, words):
     with pytest.raises(UserError, match=words):
@@ -318,7 +314,7 @@ def test_wrong_usage_is_a_user_error(arguments, words):
 def test_a_missing_folder_or_comparison_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         main([str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match=r"has no comparison\.json; let lrlhf align finish"):
+    with pytest.raises(UserError, match=r"holds no metrics\.csv, no comparison\.json and no evaluation; is it a run\?"):
         main([str(tmp_path)])
 
 

@@ -1,0 +1,169 @@
+"""What run folders hold, and how their configs differ."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrlhf.errors import UserError
+from lrlhf.evaluation.evaluation import FILE
+from lrlhf.report import STAGES
+from lrlhf.report.curves import Curves, read_curves
+
+CLASSES = {"SFT": "sft", "RewardModel": "reward", "PPOPolicy": "ppo"}
+"""The stage that a module's class is for, where a run is of one stage."""
+OWN_NAMES = ("trainer.default_root_dir", "model.init_args.sft", "model.init_args.reward_model", "seed_everything")
+"""Keys whose values only name a run, but for the seed, which is told apart."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What there is of a run; what lacks is empty."""
+
+    folder: Path
+    name: str
+    curves: dict[str, Curves] = field(default_factory=dict)
+    """By stage."""
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By stage, as resolved by its fit."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Resolved configs, plans and self-checks as text, by what they are."""
+    comparison: dict[str, Any] | None = None
+    """The contents of comparison.json."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """The contents of evaluations/*/evaluation.json."""
+    words: dict[str, list[str]] = field(default_factory=dict)
+    """What judges said of before and after PPO, by prompt."""
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """The runs in these folders, by their names; by their paths where two have one name.
+
+    Raises:
+        UserError: a folder that is missing, named twice, or holds no run.
+    """
+    paths = [Path(folder).expanduser() for folder in folders]
+    for i, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:i]]:
+            raise UserError(f"report: {path} is named twice.")
+    names = [path.resolve().name for path in paths]
+    return [
+        read_run(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """A run of `lrlhf align`, or of one stage.
+
+    Raises:
+        UserError: there is no folder, no run in it, or a comparison.json that is none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"report: there is no folder {folder}; give the folder of a run.")
+    stages = {stage: folder / stage for stage in STAGES if (folder / stage).is_dir()} or _one_stage(folder)
+    curves = {stage: read_curves(path / "metrics.csv") for stage, path in stages.items()}
+    comparison, evaluations = _comparison(folder), _evaluations([folder, *stages.values()])
+    if not comparison and not evaluations and not any(curves.values()):
+        raise UserError(f"report: {folder} holds no metrics.csv, no comparison.json and no evaluation; is it a run?")
+    return Run(
+        folder,
+        name,
+        curves,
+        {stage: _config(path) for stage, path in stages.items()},
+        dict(_texts(stages)),
+        comparison,
+        evaluations,
+        _words(folder),
+    )
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """The config keys in which runs differ, each with its value in every run."""
+    flat = [
+        {f"{stage}: {key}": value for stage, config in run.configs.items() for key, value in _flat(config).items()}
+        for run in runs
+    ]
+    keys = list(dict.fromkeys(key for values in flat for key in values if not key.endswith(OWN_NAMES[:3])))
+    told = [(key, [str(values.get(key, "")) for values in flat]) for key in keys]
+    return [(key, values) for key, values in told if len(set(values)) > 1]
+
+
+def stage_of(path: Path, config: dict[str, Any]) -> str:
+    """The stage of a single run folder, by its config, or else by what it logged."""
+    name = str((config.get("model") or {}).get("class_path", "")).rpartition(".")[2]
+    logged = read_curves(path / "metrics.csv")
+    guess = "ppo" if "train/score" in logged else "reward" if "val/accuracy" in logged else "sft"
+    return CLASSES.get(name, guess)
+
+
+def _one_stage(folder: Path) -> dict[str, Path]:
+    return {stage_of(folder, _config(folder)): folder}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _texts(stages: dict[str, Path]) -> list[tuple[str, str]]:
+    kinds = (("self_checks.txt", "self-checks"), ("plan.txt", "memory plan"), ("config.yaml", "resolved config"))
+    return [
+        (f"{stage}: {what}", (path / file).read_text(errors="replace"))
+        for stage, path in stages.items()
+        for file, what in kinds
+        if (path / file).is_file()
+    ]
+
+
+def _comparison(run: Path) -> dict[str, Any] | None:
+    path = run / "comparison.json"
+    if not path.is_file():
+        return None
+    comparison = _json(path)
+    if not isinstance(comparison, dict) or not isinstance(comparison.get("rows"), list):
+        raise UserError(f"report: {path} has no list named rows; run lrlhf align again.")
+    return comparison
+
+
+def _evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    paths = sorted({path for folder in folders for path in folder.glob(f"evaluations/*/{FILE}")})
+    return [result for path in paths if isinstance(result := _json(path), dict) and "lines" in result]
+
+
+def _words(run: Path) -> dict[str, list[str]]:
+    words: dict[str, list[str]] = {}
+    for path in sorted(run.glob("evaluations/*/annotations.json")):
+        for row in _json(path):
+            if row.get("generator_1") == "before PPO":
+                words.setdefault(row["instruction"], []).append(_word(row))
+    return words
+
+
+def _word(row: dict[str, Any]) -> str:
+    preference = row["preference"]
+    if preference is None:
+        return f"{row['annotator']} gave no answer"
+    said = "sees a tie" if preference == 1.5 else f"prefers {row['generator_1' if preference < 1.5 else 'generator_2']}"
+    return f"{row['annotator']} {said}"
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"report: {path} is not valid JSON ({error}); make it again.") from None
+
+
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found |= _flat(value, f"{key}.{name}" if key else str(name))
+        return found
+    return {key: values}

@@ -1,0 +1,259 @@
+"""The page of one run and of several: what it says, and that nothing in it runs but plotly."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from lrlhf.errors import UserError
+from lrlhf.report.plots import interactive, make_plots
+from lrlhf.report.report import main, write_report
+from lrlhf.report.runs import Run, differences, read_run, read_runs
+from lrlhf.report.verdict import over_optimisation
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = (
+    '</pre></script><script>parent.hacked = 1</script><img src=x onerror="parent.hacked = 1">'
+    '<img src="http://elsewhere.invalid/x"><iframe src="http://elsewhere.invalid"></iframe>{{ 7 * 7 }}'
+)
+GOOGLE = (".google.com", ".googleapis.com", ".gvt1.com", ".gstatic.com")
+"""Chromium asks its maker for the time and for updates."""
+
+
+def curve(values, start=0) -> pd.Series:
+    return pd.Series(values, index=range(start, start + len(values)), dtype=float)
+
+
+def write_stage(folder: Path, metrics: dict[str, list[float]], **config) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(metrics).rename_axis("step").to_csv(folder / "metrics.csv", na_rep="nan")
+    values = {"model": {"class_path": "lrlhf.PPOPolicy", "init_args": config}, "seed_everything": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def ppo_metrics(n=8, shift=0.0) -> dict[str, list[float]]:
+    return {
+        "train/score": [shift + i / n for i in range(n)],
+        "train/divergence/kl": [0.02 * i for i in range(n)],
+        "train/length": [20.0 + i for i in range(n)],
+        "val/win_rate/gold": [0.5 + 0.03 * i for i in range(n)],
+        "val/win_rate_low/gold": [0.4 + 0.03 * i for i in range(n)],
+        "val/win_rate_high/gold": [0.6 + 0.03 * i for i in range(n)],
+        "val/length_controlled_win_rate/gold": [0.5] * n,
+    }
+
+
+def write_evaluation(folder: Path, text="fine", plots=None) -> None:
+    (folder / "evaluations/e").mkdir(parents=True)
+    line = {"label": f"rate {text}", "value": 0.5, "low": None, "high": None, "n": 3, "style": ".1%"}
+    pair = {"instruction": text, "output_1": text, "generator_1": text, "output_2": text, "generator_2": text}
+    sample = {**pair, "annotator": text, "preference": 1.0, "word": f"prefers {text}"}
+    result = {
+        "evaluation": "X",
+        "title": f"title {text}",
+        "lines": [line],
+        "notes": [f"note {text}"],
+        "samples": [sample],
+    }
+    (folder / "evaluations/e/evaluation.json").write_text(json.dumps({**result, "plots": plots or {}}))
+
+
+# One stage, several runs
+
+
+def test_the_folder_of_one_stage_is_a_run(tmp_path):
+    run = read_run(write_stage(tmp_path / "mine", ppo_metrics()), "mine")
+    assert set(run.curves) == {"ppo"}
+    names = {plot.name for plot in make_plots([run])}
+    assert names == {"reward_against_divergence", "win_rate_gold", "ppo_score", "ppo_length"}
+
+
+def test_runs_share_plots_and_their_configs_are_compared(tmp_path):
+    one = write_stage(tmp_path / "one", ppo_metrics(), lora={"r": 8}, dtype="float32", sft="a/handover")
+    two = write_stage(tmp_path / "two", ppo_metrics(shift=1), lora={"r": 16}, dtype="float32", sft="b/handover")
+    runs = read_runs([str(one), str(two)])
+    assert differences(runs) == [("ppo: model.init_args.lora.r", ["8", "16"])]
+    score = next(plot for plot in make_plots(runs) if plot.name == "ppo_score")
+    assert [c.label for c in score.curves] == ["one: training", "two: training"]
+    assert score.curves[0].color != score.curves[1].color
+    page = write_report([one, two], tmp_path / "both.html")
+    text = page.read_text()
+    assert "What differs in the configs" in text
+    assert "model.init_args.lora.r" in text
+    assert (tmp_path / "plots/ppo_score.png").is_file()
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    paths = [str(write_stage(tmp_path / side / "ppo", ppo_metrics())) for side in ("a", "b")]
+    assert [run.name for run in read_runs(paths)] == paths
+    with pytest.raises(UserError, match="is named twice"):
+        read_runs([paths[0], paths[0] + "/"])
+
+
+def test_an_evaluation_is_shown_with_its_notes_samples_and_plots(tmp_path):
+    run = write_stage(tmp_path / "run", ppo_metrics())
+    reliability = {"confidence": [0.6, 0.9], "accuracy": [0.5, 1.0], "n": [3, 4]}
+    write_evaluation(
+        run, plots={"reliability": reliability, "score_against_length": {"length": [1, 2], "score": [0, 1]}}
+    )
+    text = write_report([run]).read_text()
+    for said in ("title fine", "rate fine", "note fine", "prefers fine", "50.0%"):
+        assert said in text
+    assert {"reliability_0.png", "score_length_0.png"} <= {path.name for path in (run / "plots").iterdir()}
+
+
+def test_configs_plans_and_self_checks_are_on_the_page(tmp_path):
+    run = write_stage(tmp_path / "run", ppo_metrics(), lora={"r": 4321})
+    (run / "plan.txt").write_text("Peak: 1.72 GiB")
+    (run / "self_checks.txt").write_text("log-probs agree")
+    text = write_report([run]).read_text()
+    for said in ("ppo: resolved config", "4321", "ppo: memory plan", "Peak: 1.72 GiB", "log-probs agree"):
+        assert said in text
+
+
+def test_what_the_judges_said_stands_at_the_samples(tmp_path):
+    side = {"learned": 0.0, "gold": None, "length": 3, "ended": True}
+    row = {"instruction": "ask", "before": {**side, "response": "b"}, "after": {**side, "response": "a"}}
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": [row], "gold": None}))
+    (tmp_path / "evaluations/gold").mkdir(parents=True)
+    said = {"instruction": "ask", "generator_1": "before PPO", "generator_2": "after PPO", "annotator": "Judy"}
+    rows = [{**said, "preference": p} for p in (2.0, 1.5, None)]
+    (tmp_path / "evaluations/gold/annotations.json").write_text(json.dumps(rows))
+    text = write_report([tmp_path]).read_text()
+    assert "Judy prefers after PPO; Judy sees a tie; Judy gave no answer" in text
+
+
+# Over-optimisation
+
+
+def with_curves(rate, low, learned) -> Run:
+    curves = {"val/win_rate/gold": curve(rate), "val/win_rate_low/gold": curve(low), "train/score": curve(learned)}
+    return Run(Path("x"), "x", {"ppo": curves})
+
+
+def test_the_turning_point_is_where_the_judged_curve_was_best():
+    rate = [0.5, 0.6, 0.7, 0.6, 0.5, 0.45]
+    told = over_optimisation(with_curves(rate, [r - 0.1 for r in rate], [0, 1, 2, 3, 4, 5]))
+    assert told.startswith("Over-optimised from iteration 3 on: the learned score went on rising (2.00 to 5.00)")
+    assert "the win rate by gold fell from 70.0% to 45.0%" in told
+
+
+@pytest.mark.parametrize(
+    ("rate", "learned"),
+    [
+        ([0.5, 0.6, 0.7, 0.75], [0, 1, 2, 3]),  # still rising
+        ([0.5, 0.7, 0.65, 0.62], [0, 1, 2, 3]),  # fell within its interval
+        ([0.5, 0.9, 0.5, 0.4], [0, 3, 2, 1]),  # the learned score fell too
+    ],
+)
+def test_no_over_optimisation_is_claimed_where_none_is_shown(rate, learned):
+    assert over_optimisation(with_curves(rate, [r - 0.1 for r in rate], learned)).startswith("No over-optimisation")
+
+
+def test_without_a_judge_it_cannot_be_told_unless_gold_fell():
+    assert "cannot be told" in over_optimisation(Run(Path("x"), "x", {"ppo": {"train/score": curve([1, 2])}}))
+
+    def rows(gold):
+        sides = ({"learned": 0.0, "gold": 0.0}, {"learned": 1.0, "gold": gold})
+        return [{"before": sides[0], "after": {**sides[1], "learned": 1 + i / 10}} for i in range(5)]
+
+    assert over_optimisation(Run(Path("x"), "x", comparison={"rows": rows(-1.0)})).startswith(
+        "Over-optimised: the learned"
+    )
+    assert "cannot be told" in over_optimisation(Run(Path("x"), "x", comparison={"rows": rows(1.0)}))
+
+
+# Plots for browsers
+
+
+def test_a_figure_is_json_without_nan_and_has_its_band(tmp_path):
+    metrics = ppo_metrics()
+    metrics["train/score"][3] = math.nan
+    plots = {p.name: interactive(p) for p in make_plots([read_run(write_stage(tmp_path / "r", metrics), "r")])}
+    json.loads(json.dumps(plots, allow_nan=False))
+    assert plots["ppo_score"]["data"][0]["y"][3] is None
+    assert plots["ppo_score"]["data"][0]["x"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    low, high, rate, controlled = plots["win_rate_gold"]["data"]
+    assert high["fill"] == "tonexty"
+    assert (low["y"][0], high["y"][0], rate["y"][0], controlled["line"]["dash"]) == (0.4, 0.6, 0.5, "dash")
+    assert plots["win_rate_gold"]["layout"]["shapes"][0]["y0"] == 0.5
+
+
+def hostile_run(tmp_path) -> Path:
+    """A run in which every text that a user's data can hold attacks the page."""
+    run = tmp_path / "run"
+    write_stage(run / "ppo", ppo_metrics(), note=HOSTILE)
+    (run / "ppo/plan.txt").write_text(HOSTILE)
+    row = {side: {"response": HOSTILE, "learned": i, "gold": 0.0, "length": 3, "ended": True}
+           for i, side in enumerate(("before", "after"))}  # fmt: skip
+    comparison = {"rows": [{"instruction": HOSTILE, **row}] * 3, "gold": HOSTILE, "base_model": HOSTILE}
+    (run / "comparison.json").write_text(json.dumps(comparison))
+    write_evaluation(run, HOSTILE)
+    return run
+
+
+def test_attacks_stay_text(tmp_path):
+    text = write_report([hostile_run(tmp_path)]).read_text()
+    body = text.partition("</style>")[2]
+    assert "<img src=x" not in body
+    assert "parent.hacked" in body
+    assert len(re.findall(r"<script", body)) == 3  # data, plotly, loader
+    assert "&lt;img src=x onerror" in body
+    assert "script-src 'sha256-" in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_in_a_browser(tmp_path):
+    """Plots drawn, no script of others, no request, no message on the console, no scrolling sideways."""
+    page = write_report([hostile_run(tmp_path)])
+    assert page.stat().st_size < 5_000_000
+    wrapper = tmp_path / "wrapper.html"
+    frames = "".join(f'<iframe src="{page}" width={width} height=900></iframe>' for width in (390, 420, 1280))
+    wrapper.write_text(f"""<body>{frames}<p id=told></p><script>
+        const look = frame => {{
+          const page = frame.contentDocument;
+          return [page.documentElement.scrollWidth - frame.clientWidth, page.querySelectorAll("svg.main-svg").length];
+        }};
+        setTimeout(() => {{
+          document.getElementById("told").textContent =
+            JSON.stringify([[...document.querySelectorAll("iframe")].map(look), window.hacked || 0]);
+        }}, 8000);
+        </script>""")
+    requests = tmp_path / "requests.json"
+    ran = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+         f"--log-net-log={requests}", "--virtual-time-budget=12000", "--dump-dom", f"file://{wrapper}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    widths, hacked = json.loads(re.search(r'<p id="told">(.*?)</p>', ran.stdout)[1])
+    assert all(overflow <= 0 for overflow, _ in widths)
+    assert all(drawn >= 4 for _, drawn in widths)
+    assert hacked == 0
+    assert "CONSOLE" not in ran.stderr
+    hosts = set(re.findall(r'"url":\s*"(?:https?|wss?)://([^/"]*)', requests.read_text()))
+    assert {host for host in hosts if not host.endswith(GOOGLE)} == set()
+
+
+def test_the_page_without_plotly_has_images(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    text = write_report([write_stage(tmp_path / "run", ppo_metrics())]).read_text()
+    assert text.count("<img src=") == 4
+    assert "<script" not in text
+
+
+def test_the_command_takes_several_runs_and_a_place(tmp_path, capsys):
+    paths = [str(write_stage(tmp_path / name, ppo_metrics())) for name in ("one", "two")]
+    main([*paths, "--to", str(tmp_path / "pages/both.html")])
+    assert (tmp_path / "pages/both.html").is_file()
+    assert "No over-optimisation is visible" in " ".join(capsys.readouterr().out.split())
