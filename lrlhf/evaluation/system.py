@@ -202,9 +202,11 @@ class System:
         """
         logits = torch.full((len(prompts), len(tokens)), torch.nan)
         for index in self._batches([len(ids) for ids in prompts], f"verdicts of {self.name}"):
-            ids, mask = (x.to(self.device) for x in pad([prompts[i] for i in index], left=True))
+            ids, mask = pad([prompts[i] for i in index], left=True)
+            next_token = torch.ones(len(index), 1, dtype=torch.long)  # whichever: what is before it is looked at
+            text = Sequences(ids, mask, next_token, next_token.bool()).to(self.device)
             with self.backbone.role(ROLE):
-                found = self.backbone.next_token_logits(*self.backbone.prefill(ids, mask))
+                found = self.backbone.lm_head(self.backbone.encode(text)[:, 0])
             logits[index] = found[:, list(tokens)].float().cpu()
         return logits
 

@@ -80,8 +80,8 @@ def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tenso
         taken, likeliest = _plain_logprobs(backbone, Sequences(text.prompt_ids, text.prompt_mask, *sampled))
         sampled_off = _refuse_difference(backbone, "samples", taken - likeliest, allowed)
     return (
-        f"Log-probs are {off:.2g} and samples {sampled_off:.2g} nats a token from the base's own forward pass; rounding "
-        f"may give {allowed}."
+        f"Log-probs are {off:.2g} and samples {sampled_off:.2g} nats a token from the base's own forward pass; "
+        f"rounding may give {allowed}."
     )
 
 
