@@ -22,6 +22,7 @@ _HOMES = {
     "RewardLimit": "lrlhf.callbacks",
     "RolloutCallback": "lrlhf.modules.rollout_callback",
     "SampleLog": "lrlhf.callbacks",
+    "WinRateCallback": "lrlhf.evaluation",
     "Backbone": "lrlhf.model.backbone",
     "FSDP2Strategy": "lrlhf.model.sharding",
     "LoRA": "lrlhf.config",
@@ -32,12 +33,12 @@ _HOMES = {
     "UserError": "lrlhf.errors",
 }
 
-__all__ = ["__version__", "functional", "rewards", *_HOMES]
+__all__ = ["__version__", "evaluation", "functional", "rewards", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
-    if name in ("functional", "rewards"):
+    if name in ("evaluation", "functional", "rewards"):
         return import_module(f"lrlhf.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -151,8 +151,8 @@ def said(row: Row) -> str:
 
 
 def measure(annotations: Sequence[Annotation]) -> dict[str, Estimate]:
-    """`WinRate` of annotations."""
-    metric = WinRate()
+    """`WinRate` of all annotations there are; may run in one process of several."""
+    metric = WinRate(sync_on_compute=False)
     metric.add(annotations)
     return metric.compute()
 
@@ -165,7 +165,7 @@ def summary(annotations: Sequence[Annotation], notes: Sequence[str] = ()) -> dic
         notes: the judge's.
     """
     found, first = measure(annotations), annotations[0]
-    said = [_verdict(found["win_rate"], found["swap_consistency"]), *_length(found), *_unanswered(annotations)]
+    said = [*_verdict(found), *_unanswered(annotations)]
     places = dict.fromkeys(round(i * (len(annotations) - 1) / 4) for i in range(5))
     samples = [vars(annotations[i]) | {"word": _word(annotations[i])} for i in places]
     return {
@@ -177,27 +177,26 @@ def summary(annotations: Sequence[Annotation], notes: Sequence[str] = ()) -> dic
     }
 
 
-def _verdict(rate: Estimate, consistency: Estimate) -> str:
+def _verdict(found: Mapping[str, Estimate]) -> list[str]:
+    """Who is preferred, if this can be told, and whether length alone may explain it."""
+    rate, controlled, consistency = (
+        found[name] for name in ("win_rate", "length_controlled_win_rate", "swap_consistency")
+    )
     told = f"{rate.value:.1%}, 95 % interval {rate.low:.1%} to {rate.high:.1%}, {rate.n} prompts"
     if consistency.n and consistency.value < USABLE:
-        return (
+        return [
             f"No verdict: the judge gives the same answer in both orders for {consistency.value:.0%} of the pairs; "
             f"below {USABLE:.0%} it judges the position more than the text, and its win rate ({told}) says little."
-        )
+        ]
     if rate.low != rate.low:
-        return "Too few judged pairs to say which is better."
+        return ["Too few judged pairs to say which is better."]
     if rate.low <= 0.5 <= rate.high:
-        return f"No difference is shown: the interval of the win rate includes 50 % ({told})."
-    return f"The {'model' if rate.value > 0.5 else 'reference'} is preferred ({told})."
-
-
-def _length(found: Mapping[str, Estimate]) -> list[str]:
-    """Where length alone may explain a difference."""
-    raw, controlled = found["win_rate"], found["length_controlled_win_rate"]
-    if raw.low <= 0.5 <= raw.high or not controlled.low <= 0.5 <= controlled.high:
-        return []
-    told = f"{controlled.value:.1%}, {controlled.low:.1%} to {controlled.high:.1%}"
-    return [f"At equal lengths no difference is shown (length-controlled {told}): the rest may be length."]
+        return [f"No difference is shown: the interval of the win rate includes 50 % ({told})."]
+    said = [f"The {'model' if rate.value > 0.5 else 'reference'} is preferred ({told})."]
+    if controlled.low <= 0.5 <= controlled.high:
+        interval = f"{controlled.value:.1%}, {controlled.low:.1%} to {controlled.high:.1%}"
+        said.append(f"At equal lengths no difference is shown (length-controlled {interval}): it may be length.")
+    return said
 
 
 def _unanswered(annotations: Sequence[Annotation]) -> list[str]:

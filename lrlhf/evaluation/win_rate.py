@@ -7,6 +7,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ class WinRate(Metric):
 
     `compute` returns Estimates by name: win_rate (ties half), discrete_win_rate, length_controlled_win_rate,
     swap_consistency, standard_error, reference_length, model_length, judged, ties.
+
+    Args:
+        options: of every torchmetrics.Metric, such as sync_on_compute.
     """
 
     full_state_update = False
@@ -46,8 +50,8 @@ class WinRate(Metric):
 
     COLUMNS = ("preference", "reference_length", "model_length", "prompt", "straight", "swapped")
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         for name in self.COLUMNS:
             self.add_state(name, [], dist_reduce_fx="cat")
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -194,6 +195,21 @@ def test_a_judge_that_changes_its_word_with_the_order_gets_no_verdict():
 def test_the_better_system_is_named():
     assert summary(judged([2] * 30 + [1] * 2))["notes"][0].startswith("The model is preferred (93.8%")
     assert summary(judged([1] * 30 + [2] * 2))["notes"][0].startswith("The reference is preferred")
+
+
+def test_a_win_that_length_explains_is_said_to_be_one():
+    """A judge that looks at length alone: logit 3 tanh(difference / s)."""
+    difference = np.array([3 * (i % 40) - 20 for i in range(120)])
+    preference = 1 + 1 / (1 + np.exp(-3 * np.tanh(difference / difference.std(ddof=1))))
+    rows = [
+        Annotation(f"p{i}", "x" * 50, "y" * (50 + d), "r", "m", preference=p)
+        for i, (d, p) in enumerate(zip(difference, preference, strict=True))
+    ]
+    notes = summary(rows)["notes"]
+    assert notes[0].startswith("The model is preferred")
+    assert notes[1].startswith("At equal lengths no difference is shown")
+    always = [Annotation(f"p{i}", "x" * 50, "y" * (40 + i), "r", "m", preference=2.0) for i in range(60)]
+    assert len(summary(always)["notes"]) == 1
 
 
 def test_a_leaderboard_has_paired_differences_and_elo(tmp_path):
