@@ -18,7 +18,7 @@ from lrlhf.evaluation.judges import Judge, annotate, higher
 from lrlhf.evaluation.pairs import Annotation, Pair, write_json
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
 from lrlhf.modules.ppo_policy import RewardFunction
-from lrlhf.report import STAGES
+from lrlhf.report import AFTER, BEFORE, STAGES
 from lrlhf.report.curves import read_curves
 from lrlhf.run.checkpoints import load, newest_checkpoint
 from lrlhf.types import Prompts, Sequences
@@ -73,8 +73,7 @@ def compare(
     }
     (run / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
     pairs = [
-        Pair(row["instruction"], row["before"]["response"], row["after"]["response"], "before PPO", "after PPO")
-        for row in rows
+        Pair(row["instruction"], row["before"]["response"], row["after"]["response"], BEFORE, AFTER) for row in rows
     ]
     for name, key in (("the learned reward", "learned"), (result["gold"], "gold")):
         if name:

@@ -167,7 +167,7 @@ def summary(annotations: Sequence[Annotation], notes: Sequence[str] = ()) -> dic
     found, first = measure(annotations), annotations[0]
     said = [*_verdict(found), *_unanswered(annotations)]
     places = dict.fromkeys(round(i * (len(annotations) - 1) / 4) for i in range(5))
-    samples = [vars(annotations[i]) | {"word": _word(annotations[i])} for i in places]
+    samples = [vars(annotations[i]) | {"word": annotations[i].word} for i in places]
     return {
         "title": f"{first.generator_2} against {first.generator_1}, judged by {first.annotator}",
         "judge": first.annotator,
@@ -208,12 +208,3 @@ def _unanswered(annotations: Sequence[Annotation]) -> list[str]:
         f"{pairs} of {len(annotations)} pairs have no preference: {asked[True]} of {asked.total()} of the judge's "
         "answers were missing or could not be read. They are in annotations.json, and in no rate."
     ]
-
-
-def _word(annotation: Annotation) -> str:
-    if annotation.preference is None:
-        return "no answer"
-    better = {1: annotation.generator_1, -1: annotation.generator_2}.get(
-        (annotation.preference < 1.5) - (annotation.preference > 1.5)
-    )
-    return f"prefers {better} ({annotation.preference:.2f})" if better else "a tie"

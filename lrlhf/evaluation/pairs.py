@@ -61,6 +61,15 @@ class Annotation(Pair):
     preference: float | None = None
     answers: tuple[float | None, ...] = field(default=())
 
+    @property
+    def word(self) -> str:
+        """The judge's answer in words."""
+        if self.preference is None:
+            return "gave no answer"
+        if self.preference == 1.5:
+            return "sees a tie"
+        return f"prefers {self.generator_1 if self.preference < 1.5 else self.generator_2} ({self.preference:.2f})"
+
 
 def read_outputs(source: str) -> list[Output]:
     """The rows of an outputs file (AlpacaEval's model_outputs.json, or jsonl): instruction, output, generator.

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from lrlhf.report import BEFORE
 from lrlhf.report.plots import Plot, interactive
 from lrlhf.report.runs import Run, differences
 from lrlhf.report.tables import (
@@ -90,7 +91,7 @@ def _show(run: Run) -> dict[str, Any]:
 
 def _judged(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Samples of an evaluation; those of before and after PPO are shown with the run's own."""
-    return [sample for sample in result.get("samples") or () if sample.get("generator_1") != "before PPO"]
+    return [sample for sample in result.get("samples") or () if sample.get("generator_1") != BEFORE]
 
 
 def _subject(comparison: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ import yaml
 
 from lrlhf.errors import UserError
 from lrlhf.evaluation.evaluation import FILE
-from lrlhf.report import STAGES
+from lrlhf.evaluation.pairs import read_annotations
+from lrlhf.report import BEFORE, STAGES
 from lrlhf.report.curves import Curves, read_curves
 
 CLASSES = {"SFT": "sft", "RewardModel": "reward", "PPOPolicy": "ppo"}
@@ -139,18 +140,10 @@ def _evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
 def _words(run: Path) -> dict[str, list[str]]:
     words: dict[str, list[str]] = {}
     for path in sorted(run.glob("evaluations/*/annotations.json")):
-        for row in _json(path):
-            if row.get("generator_1") == "before PPO":
-                words.setdefault(row["instruction"], []).append(_word(row))
+        for judged in read_annotations(str(path)):
+            if judged.generator_1 == BEFORE:
+                words.setdefault(judged.instruction, []).append(f"{judged.annotator} {judged.word}")
     return words
-
-
-def _word(row: dict[str, Any]) -> str:
-    preference = row["preference"]
-    if preference is None:
-        return f"{row['annotator']} gave no answer"
-    said = "sees a tie" if preference == 1.5 else f"prefers {row['generator_1' if preference < 1.5 else 'generator_2']}"
-    return f"{row['annotator']} {said}"
 
 
 def _json(path: Path) -> Any:

@@ -123,11 +123,12 @@ def test_what_the_judges_said_stands_at_the_samples(tmp_path):
     row = {"instruction": "ask", "before": {**side, "response": "b"}, "after": {**side, "response": "a"}}
     (tmp_path / "comparison.json").write_text(json.dumps({"rows": [row], "gold": None}))
     (tmp_path / "evaluations/gold").mkdir(parents=True)
-    said = {"instruction": "ask", "generator_1": "before PPO", "generator_2": "after PPO", "annotator": "Judy"}
+    texts = {"instruction": "ask", "output_1": "b", "output_2": "a"}
+    said = {**texts, "generator_1": "before PPO", "generator_2": "after PPO", "annotator": "Judy"}
     rows = [{**said, "preference": p} for p in (2.0, 1.5, None)]
     (tmp_path / "evaluations/gold/annotations.json").write_text(json.dumps(rows))
     text = write_report([tmp_path]).read_text()
-    assert "Judy prefers after PPO; Judy sees a tie; Judy gave no answer" in text
+    assert "Judy prefers after PPO (2.00); Judy sees a tie; Judy gave no answer" in text
 
 
 # Over-optimisation
