@@ -201,7 +201,7 @@ def test_a_win_that_length_explains_is_said_to_be_one():
     """A judge that looks at length alone, with logit 3 tanh(difference / s)."""
     difference = np.array([3 * (i % 40) - 20 for i in range(120)])
     chance = 1 / (1 + np.exp(-3 * np.tanh(difference / difference.std(ddof=1))))
-    preference = 1.0 + (np.random.default_rng(0).random(120) < chance)
+    preference = 1.0 + (np.random.default_rng(2).random(120) < chance)
     rows = [
         Annotation(f"p{i}", "x" * 50, "y" * (50 + d), "r", "m", preference=p)
         for i, (d, p) in enumerate(zip(difference, preference, strict=True))
