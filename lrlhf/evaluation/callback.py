@@ -44,6 +44,11 @@ class WinRateCallback(RolloutCallback):
         self._references: dict[int, tuple[list[str], Tensor]] = {}
         self._judged: list[tuple[Pair, float | None]] = []
 
+    @property
+    def state_key(self) -> str:
+        """Another for each judge, so that a run may have several."""
+        return self._generate_state_key(judge=self.name)
+
     def state_dict(self) -> dict[str, Any]:
         """How many validations there were."""
         return {"validations": self._validations}

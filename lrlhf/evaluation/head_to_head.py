@@ -57,40 +57,30 @@ class HeadToHead(Evaluation):
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Answer, judge, count; writes the outputs, and annotations.json in AlpacaEval's format."""
-        written = {side: read_outputs(s) if is_outputs(s) else None for side, s in self._sources().items() if s}
-        systems = {
-            "model": None if written["model"] else System(self.model, **self.settings),
-            "reference": None if written.get("reference") else self._reference(),
-        }
-        rows = self._rows(written.get("model") or written.get("reference"))
-        outputs = {}
-        for side, system in systems.items():
-            if system is None:
-                outputs[side] = (written[side] or [])[: self.limit]
-                continue
-            answers = system.respond([system.encode(row) for row in rows])
-            outputs[side] = [
-                Output(said(row), a, system.name, row.dataset) for row, a in zip(rows, answers, strict=True)
-            ]
-            write_json(folder / f"{side}_outputs.json", outputs[side])
-        del systems
+        sides = {"reference": self._side(self.reference), "model": self._side(self.model)}
+        written = next((side for side in sides.values() if isinstance(side, list)), None)
+        outputs: dict[str, list[Output]] = {}
+        for name in list(sides):
+            side = sides.pop(name)  # so that a model has left memory when the next one is loaded
+            if isinstance(side, System):
+                outputs[name] = _answers(side, self._rows(written))
+                write_json(folder / f"{name}_outputs.json", outputs[name])
+            else:
+                outputs[name] = side[: self.limit]
         annotations = annotate(self.judge, pair_up(outputs["reference"], outputs["model"]), self.order)
         write_json(folder / "annotations.json", annotations)
         return summary(annotations, self.judge.notes())
 
-    def _sources(self) -> dict[str, str | None]:
-        return {"model": self.model, "reference": self.reference}
-
-    def _reference(self) -> System:
-        if self.reference is not None:
-            return System(self.reference, **self.settings)
+    def _side(self, source: str | None) -> list[Output] | System:
+        if source is not None:
+            return read_outputs(source) if is_outputs(source) else System(source, **self.settings)
         if is_outputs(self.model):
             raise UserError(
                 "evaluation.reference: outputs have no reference of their own; give outputs, a run or a model."
             )
         return System(self.model, role="reference", **self.settings)
 
-    def _rows(self, written: Sequence[Output] | None) -> list[Row]:
+    def _rows(self, written: list[Output] | None) -> list[Row]:
         if self.prompts is not None:
             rows = list(read_rows(self.prompts))
             if not rows:
@@ -100,6 +90,11 @@ class HeadToHead(Evaluation):
         else:
             raise UserError("evaluation.prompts: name a file of instructions for the models to answer.")
         return rows[: self.limit]
+
+
+def _answers(system: System, rows: Sequence[Row]) -> list[Output]:
+    answers = system.respond([system.encode(row) for row in rows])
+    return [Output(said(row), answer, system.name, row.dataset) for row, answer in zip(rows, answers, strict=True)]
 
 
 class Leaderboard(Evaluation):

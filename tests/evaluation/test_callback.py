@@ -32,7 +32,6 @@ def column(rows, name):
 
 def test_the_curve_ends_at_the_rate_of_the_trained_policy(tiny_llama, data_files, tmp_path):
     callbacks = [WinRateCallback(), WinRateCallback(FunctionJudge(shorter))]
-    callbacks[1].__class__ = type("Second", (WinRateCallback,), {})  # Lightning takes one stateful callback of a class
     module, data, rows = fit(tiny_llama, data_files, tmp_path, callbacks)
     wins = {"score": [], "shorter": []}
     for number, batch in enumerate(data.val_dataloader()):
