@@ -32,9 +32,11 @@ def parse(arguments: list[str]) -> tuple[Evaluation, Path]:
         UserError: a bad option or config.
     """
     parser = CommandParser("evaluate", DESCRIPTION)
-    parser.add_subclass_arguments(Evaluation, "evaluation", required=True)
+    parser.add_subclass_arguments(Evaluation, "evaluation", required=False)
     parser.add_argument("--to", type=str | None, help="folder of the result (default: runs/evaluations/CLASS)")
     parsed = parser.parse_args(arguments)
+    if parsed.get("evaluation") is None:
+        raise UserError("evaluate: name an evaluation, such as --config configs/evaluate/reward_model.yaml.")
     try:
         evaluation = parser.instantiate_classes(parsed).evaluation
     except UserError:

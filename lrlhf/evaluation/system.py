@@ -29,13 +29,19 @@ ROLE = "reward"
 
 
 def handover_in(source: str) -> Path | None:
-    """The hand-over folder that a path names: itself, or that of a run folder; None where it names no run."""
+    """The hand-over folder that a path names: itself, or that of a run folder; None where it names no run.
+
+    Raises:
+        UserError: a path that does not exist, or a run that has not finished.
+    """
     folder = Path(source).expanduser()
     for candidate in (folder, folder / "handover"):
         if (candidate / "manifest.json").is_file():
             return candidate
     if (folder / "config.yaml").is_file() and (folder / "metrics.csv").is_file():
         raise UserError(f"{source} is a run without a hand-over; let its fit finish first.")
+    if not folder.exists() and "/" in source and (source.count("/") > 1 or folder.parent.is_dir()):
+        raise UserError(f"there is no run, hand-over or model {source}.")
     return None
 
 

@@ -1,6 +1,7 @@
 """`lrlhf evaluate` of two systems: outputs from files and from runs, what is written, printed and refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,14 +141,16 @@ def test_the_settings_of_a_run_come_from_its_config(run, tmp_path):
         ({"model": "MODEL", "reference": "nowhere.json"}, "data file nowhere.json does not exist"),
         ({"model": "RUN"}, "evaluation.prompts: name a file of instructions"),
         ({"model": "RUN", "prompts": "nowhere.jsonl"}, "data file nowhere.jsonl does not exist"),
-        ({"model": "MODEL", "reference": "no/such/model"}, "no/such/model"),
+        ({"model": "MODEL", "reference": "no/such/model"}, "there is no run, hand-over or model no/such/model"),
+        ({"model": "configs/ppo"}, "there is no run, hand-over or model configs/ppo"),
         ({"model": "MODEL", "reference": "MODEL", "order": "twice"}, "config key evaluation.order: expected"),
         ({"model": "MODEL", "reference": "MODEL", "limit": "0"}, "config key evaluation.limit: expected a number >0"),
         ({"model": "MODEL", "reference": "MODEL", "judges": "x"}, "config key evaluation.judges"),
         ({"model": "MODEL", "reference": "MODEL", "judge": "lrlhf.NoJudge"}, "config key evaluation.judge"),
     ],
 )
-def test_bad_input_is_one_sentence(run, tmp_path, capsys, options, sentence):
+def test_bad_input_is_one_sentence(run, tmp_path, capsys, monkeypatch, options, sentence):
+    monkeypatch.chdir(Path(__file__).parents[2])
     names = {
         "MODEL": outputs(tmp_path / "model.json", ["a", "b", "c"]),
         "OTHER": outputs(tmp_path / "other.json", ["a", "b"]),
@@ -166,6 +169,12 @@ def test_bad_input_is_one_sentence(run, tmp_path, capsys, options, sentence):
     assert sentence in told
     assert "Traceback" not in told
     assert not (tmp_path / "to/evaluation.json").exists()
+
+
+def test_a_command_without_an_evaluation_says_what_to_name(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate"])
+    assert "name an evaluation, such as --config configs/evaluate/" in capsys.readouterr().err
 
 
 def test_a_run_that_has_not_finished_is_refused(tmp_path):
