@@ -8,7 +8,9 @@ import os
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,12 @@ class Answers:
         return json.loads(found[0]) if found else None
 
     def put(self, key: str, answer: dict[str, Any]) -> None:
-        """Keep an answer; it is on the disk when this returns."""
+        """Keep an answer; a kill of the process right after this does not lose it."""
         self._file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+
+    def close(self) -> None:
+        """The file."""
+        self._file.close()
 
 
 class Endpoint:
@@ -142,7 +148,7 @@ class Endpoint:
         """Answers in the order of the prompts; equal prompts are asked once."""
         asked = [{"model": self.name, "messages": messages, **options} for messages in prompts]
         keys = [self._key(request) for request in asked]
-        answers = asyncio.run(self._gather(dict(zip(keys, asked, strict=True))))
+        answers = _run(self._gather(dict(zip(keys, asked, strict=True))))
         self.counts["requests"] += len(answers)
         found = [answers[key] for key in keys]
         if found and all(answer is None for answer in found):
@@ -150,12 +156,11 @@ class Endpoint:
         return found
 
     async def _gather(self, requests: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
-        store = Answers(Path(self.cache).expanduser())
         answers: dict[str, dict[str, Any] | None] = {}
         queue, bar = list(requests.items())[::-1], tqdm(total=len(requests), desc=f"answers of {self.name}")
-        async with openai.AsyncOpenAI(
-            api_key=os.environ.get(self.key_variable) or "none", base_url=self.base_url, max_retries=0
-        ) as client:
+        key = os.environ.get(self.key_variable) or "none"
+        client = openai.AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0)
+        async with client:
             pace = Pace(self.requests_per_minute)
 
             async def worker() -> None:
@@ -170,8 +175,8 @@ class Endpoint:
                     answers[key] = answer
                     bar.update()
 
-            await asyncio.gather(*(worker() for _ in range(self.concurrency)))
-        bar.close()
+            with bar, closing(Answers(Path(self.cache).expanduser())) as store:
+                await asyncio.gather(*(worker() for _ in range(self.concurrency)))
         return answers
 
     async def _ask(self, client: openai.AsyncOpenAI, request: dict[str, Any], pace: "Pace") -> dict[str, Any] | None:
@@ -244,16 +249,23 @@ class Pace:
             await asyncio.sleep(start - now)
 
 
+def _run(task: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine, also where a loop runs already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(task)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, task).result()
+
+
 def _read(answer: Any) -> dict[str, Any]:
     """What is kept of a completion: text, the first token's most probable tokens, and the tokens that it cost."""
     choice = answer.choices[0]
     first = choice.logprobs.content[0].top_logprobs if choice.logprobs and choice.logprobs.content else []
     usage = answer.usage
-    text = choice.message.content
-    if not isinstance(text, str):
-        raise ValueError("it has no text")
     return {
-        "text": text,
+        "text": choice.message.content or "",
         "top": [[token.token, float(token.logprob)] for token in first],
         "prompt_tokens": usage.prompt_tokens if usage else 0,
         "answer_tokens": usage.completion_tokens if usage else 0,

@@ -84,11 +84,10 @@ class RewardModelJudge(Judge):
 
     def prefer(self, pairs: Sequence[Pair]) -> list[float | None]:
         """1 or 2, 1.5 for equal scores."""
-        rows = [prompt_row(pair.instruction) for pair in pairs]
-        first, second = (
-            self.system.score(rows, [getattr(pair, key) for pair in pairs]).tolist() for key in ("output_1", "output_2")
-        )
-        return [higher(one, two) for one, two in zip(first, second, strict=True)]
+        rows, n = [prompt_row(pair.instruction) for pair in pairs], len(pairs)
+        texts = [*(pair.output_1 for pair in pairs), *(pair.output_2 for pair in pairs)]
+        scores = self.system.score(rows * 2, texts).tolist()
+        return [higher(one, two) for one, two in zip(scores[:n], scores[n:], strict=True)]
 
 
 class FunctionJudge(Judge):

@@ -7,7 +7,7 @@ from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-FAULTS = ("429", "500", "503", "hang", "slow stream", "garbage", "cut", "no choices", "null", "reset")
+FAULTS = ("429", "500", "503", "hang", "slow stream", "garbage", "cut", "no choices", "reset")
 
 
 class Script:
@@ -74,8 +74,6 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, b"<html>proxy error</html>", {"content-type": "text/html"})
         if fault == "no choices":
             return self.send(200, b'{"id": "x", "object": "chat.completion", "choices": []}')
-        if fault == "null":
-            return self.send(200, script.body(prompt).replace(b'"content": "m"', b'"content": null', 1))
         if fault == "reset":
             return self.connection.close()
         body = script.body(prompt)

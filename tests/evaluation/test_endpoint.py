@@ -1,5 +1,6 @@
 """The endpoint against a server that fails in every way, against kills, and against a real server with a real model."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -159,6 +160,21 @@ def test_tokens_are_weighed_with_blanks_left_out_and_none_of_the_choices_is_no_a
     with serving(Script(answer=lambda p: " m")) as url:
         assert make(tmp_path, url).choose(chats(1), ("m", "M")) == [pytest.approx([0.8, 0.2])]
         assert make(tmp_path, url).choose(chats(2), ("A", "B")) == [None, None]
+
+
+def test_an_answer_without_text_was_paid_and_is_not_asked_for_again(tmp_path):
+    with serving(script := Script(answer=lambda p: None, logprobs=False)) as url:
+        for _ in range(2):
+            assert make(tmp_path, url).complete(chats(2), 10) == ["", ""]
+    assert script.paid.total() == script.tries.total() == 2
+
+
+def test_it_works_where_a_loop_runs_already(tmp_path):
+    async def notebook(url):
+        return make(tmp_path, url).complete(chats(3), 10)
+
+    with serving(Script()) as url:
+        assert asyncio.run(notebook(url)) == ["m"] * 3
 
 
 def test_a_server_without_logprobs_is_told(tmp_path):
