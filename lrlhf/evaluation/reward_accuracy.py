@@ -1,6 +1,6 @@
 """What a reward model is worth: accuracy by subset beside "the longer wins", calibration, and its taste for length."""
 
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -54,45 +54,52 @@ class RewardModelAccuracy(Evaluation):
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Score both responses of every pair; writes scores.csv."""
-        rows = list(read_rows(self.pairs))[: self.limit]
+        counts: Counter[tuple[str, str]] = Counter()
+        rows = list(read_rows(self.pairs, counts))[: self.limit]
         if not rows:
             raise UserError(f"{self.pairs} holds no pair.")
         if lacking := [row.place for row in rows if len(row.responses) != 2]:
             raise UserError(f"{lacking[0]}: expected two responses and a preference.")
         both = [self.system.score(rows, [row.responses[side] for row in rows]).numpy() for side in (0, 1)]
         table = pd.DataFrame({
-            "subset": [row.dataset for row in rows],
             "chosen": both[0], "rejected": both[1],
             "chosen_length": [len(row.responses[0]) for row in rows],
             "rejected_length": [len(row.responses[1]) for row in rows],
+            "subset": [row.dataset for row in rows],
+            "prompt": [repr(row.messages) for row in rows],
         })  # fmt: skip
         table.to_csv(folder / "scores.csv", index=False)
-        kept = table.dropna()
+        kept = table[table.chosen.notna() & table.rejected.notna()]
         if kept.empty:
             raise UserError(f"{self.pairs}: every pair is longer than the {self.system.context} tokens of the base.")
-        lost = [f"{len(table) - len(kept)} of {len(table)} pairs are longer than the base takes and in no number."]
+        lost = {why: count for (_, why), count in counts.items()} | {
+            "longer than the base takes": len(table) - len(kept)
+        }
+        told = ", ".join(f"{count} {why}" for why, count in lost.items() if count)
+        said = [f"Left out, and in no number: {told}."] * bool(told)
         title = f"Reward model {self.system.source} on {self.pairs}"
-        return {"title": title, **describe(kept), "notes": lost * (len(kept) < len(table)) + notes(kept)}
+        return {"title": title, **describe(kept), "notes": said + notes(kept)}
 
 
 def describe(pairs: pd.DataFrame) -> dict[str, Any]:
     """Lines and plots of scored pairs.
 
     Args:
-        pairs: columns chosen, rejected (scores), chosen_length, rejected_length (characters) and subset.
+        pairs: columns chosen, rejected (scores), chosen_length, rejected_length (characters), subset and prompt;
+            intervals but those of shares draw whole prompts anew.
     """
     right, longer = correct(pairs), longer_wins(pairs)
     lengths = np.concatenate([pairs.chosen_length, pairs.rejected_length])
     scores = np.concatenate([pairs.chosen, pairs.rejected])
     difference = (pairs.chosen - pairs.rejected).to_numpy()
     length_difference = (pairs.chosen_length - pairs.rejected_length).to_numpy()
-    matched, each = alike(pairs), np.arange(len(pairs))
+    matched, each = alike(pairs), pairs.prompt.to_numpy()
     lines = [
         Line("accuracy (ties half)", _share(right), ".1%"),
-        Line("the longer wins", _share(longer), ".1%"),
-        Line("accuracy minus the longer wins, paired", _mean(right - longer), "+.1%"),
+        Line("the longer wins (characters)", _share(longer), ".1%"),
+        Line("accuracy minus the longer wins, paired", _mean(right - longer, each), "+.1%"),
         Line("accuracy on pairs alike in length", _share(right[matched]), ".1%"),
-        Line("margin, chosen minus rejected", _mean(difference)),
+        Line("margin, chosen minus rejected", _mean(difference, each)),
         Line("expected calibration error", bootstrap_interval(lambda rows: calibration_error(difference[rows]), each)),
         Line("score and length, rank correlation", _correlation(scores, lengths, np.tile(each, 2)), "+.2f"),
         Line("their differences, rank correlation", _correlation(difference, length_difference, each), "+.2f"),
@@ -108,13 +115,19 @@ def describe(pairs: pd.DataFrame) -> dict[str, Any]:
 
 
 def notes(pairs: pd.DataFrame) -> list[str]:
-    """In words: whether it beats length."""
-    gain, matched = _mean(correct(pairs) - longer_wins(pairs)), int(alike(pairs).sum())
+    """In words: whether it beats length, what chance alone does to its calibration, and what is too little to tell."""
+    gain, matched = _mean(correct(pairs) - longer_wins(pairs), pairs.prompt.to_numpy()), int(alike(pairs).sum())
     told = "beats" if gain.low > 0 else "loses to" if gain.high < 0 else "is not shown to beat"
-    said = [f"The reward model {told} the rule that the longer response wins ({gain.value:+.1%}, {len(pairs)} pairs)."]
-    return said + [f"{matched} pairs are alike in length: too few to tell its taste from its judgement."] * (
-        matched < 20
-    )
+    strength = (pairs.chosen - pairs.rejected).abs().to_numpy(float)
+    draws = np.random.default_rng(0).random((200, len(pairs))) < 1 / (1 + np.exp(-strength))
+    chance = np.mean([calibration_error(np.where(draw, strength, -strength)) for draw in draws])
+    few = f"{matched} pairs are alike in length: too few to tell its taste from its judgement."
+    return [
+        f"The reward model {told} the rule that the longer response wins ({gain.value:+.1%}, {gain.low:+.1%} to "
+        f"{gain.high:+.1%}, {gain.n} prompts).",
+        f"A calibrated reward model with these margins would show a calibration error of {chance:.1%} by chance alone.",
+        *[few] * (matched < 20),
+    ]
 
 
 def correct(pairs: pd.DataFrame) -> np.ndarray:
@@ -167,15 +180,15 @@ def _share(values: np.ndarray) -> Estimate:
     return wilson_interval(float(values.mean()), len(values)) if len(values) else Estimate(np.nan)
 
 
-def _mean(values: np.ndarray) -> Estimate:
-    return bootstrap_interval(lambda rows: float(values[rows].mean()), range(len(values)))
+def _mean(values: np.ndarray, prompts: np.ndarray) -> Estimate:
+    return bootstrap_interval(lambda rows: float(values[rows].mean()), prompts)
 
 
-def _correlation(one: np.ndarray, other: np.ndarray, clusters: Sequence[int] | np.ndarray) -> Estimate:
-    """Spearman's, with a bootstrap over pairs."""
+def _correlation(one: np.ndarray, other: np.ndarray, prompts: np.ndarray) -> Estimate:
+    """Spearman's, with a bootstrap over prompts."""
 
     def of(rows: np.ndarray) -> float:
         first, second = (pd.Series(x[rows]).rank() for x in (one, other))
         return float(first.corr(second)) if first.std() and second.std() else np.nan
 
-    return bootstrap_interval(of, clusters, resamples=500)
+    return bootstrap_interval(of, prompts, resamples=500)

@@ -184,7 +184,7 @@ class System:
         A text that is longer than the model takes has the score nan.
 
         Raises:
-            UserError: the run trained no reward model.
+            UserError: the run trained no reward model, or one whose scores are not finite.
         """
         if self.handover is None or not self.handover.head:
             raise UserError(f"{self.source} is no reward model; give the run folder or hand-over of a RewardModel run.")
@@ -195,7 +195,10 @@ class System:
         for index in self._batches([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], "scores"):
             left, right = pad([prompts[i] for i in index], left=True), pad([answers[i] for i in index], left=False)
             with self.backbone.role(ROLE):
-                scores[index] = self.backbone.scores(Sequences(*left, *right).to(self.device)).cpu()
+                found = self.backbone.scores(Sequences(*left, *right).to(self.device)).cpu()
+            if not found.isfinite().all():
+                raise UserError(f"{self.source} gives scores that are not finite; train the reward model again.")
+            scores[index] = found
         return scores
 
     @torch.no_grad()

@@ -110,6 +110,23 @@ def test_a_prompt_alone_has_no_response_and_keeps_its_data_set(read):
     assert (row.responses, row.dataset) == ((), "vicuna")
 
 
+TURN = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize("prompt", ["hi", TURN])
+@pytest.mark.parametrize("turns", [lambda text: text, lambda text: [{"role": "assistant", "content": text}]])
+def test_rewardbenchs_columns_with_the_subset_as_data_set(read, prompt, turns):
+    models = {"chosen_model": "gpt-4", "rejected_model": "alpaca-7b"}
+    record = {"id": 3, "prompt": prompt, "chosen": turns("good"), "rejected": turns("bad"), "subset": "alpacaeval-easy"}
+    (row,), _ = read({**record, **models})
+    assert (row.messages, row.responses, row.dataset) == ((("user", "hi"),), ("good", "bad"), "alpacaeval-easy")
+
+
+def test_dataset_goes_before_subset(read):
+    (row,), _ = read({"instruction": "Say hi.", "dataset": "vicuna", "subset": "easy"})
+    assert row.dataset == "vicuna"
+
+
 @pytest.mark.parametrize("column", ["output", "response", "completion"])
 @pytest.mark.parametrize("prompt", ["instruction", "prompt", "input"])
 def test_other_names_of_the_columns(read, prompt, column):
