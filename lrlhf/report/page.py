@@ -22,7 +22,7 @@ from lrlhf.report.tables import (
     make_table,
     printable,
 )
-from lrlhf.report.verdict import over_optimisation, verdict
+from lrlhf.report.verdict import verdicts
 
 LOADER = """
 const text = id => document.getElementById(id).textContent;
@@ -79,7 +79,7 @@ def _show(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "subject": _subject(comparison) if comparison else "",
-        "verdicts": [*([verdict(comparison)] if comparison else []), over_optimisation(run)],
+        "verdicts": verdicts(run),
         "tables": make_table(comparison) if comparison else {},
         "evaluations": [(result, evaluation_table(result), _judged(result)) for result in run.evaluations],
         "note": note,

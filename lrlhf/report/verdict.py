@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+import pandas as pd
+
 from lrlhf.evaluation.estimates import Estimate, mean_interval
 from lrlhf.report.curves import Curves
 from lrlhf.report.runs import Run
@@ -44,46 +46,66 @@ def verdict(comparison: dict[str, Any]) -> str:
     return f"The gold reward {name} {'rose' if value > 0 else 'fell'} ({numbers}): the interval excludes 0."
 
 
+def verdicts(run: Run) -> list[str]:
+    """What can be said of a run in sentences; nothing of one without PPO."""
+    said = [verdict(run.comparison)] if run.comparison else []
+    return [*said, over_optimisation(run)] if run.comparison or "ppo" in run.curves else said
+
+
 def over_optimisation(run: Run) -> str:
     """From where on the learned score rose while what it stands for fell (Gao et al. 2022, arXiv 2210.10760).
 
-    By the curves of judged win rates: past the best point, the last value lies below the best one's interval while the
-    learned score is higher. Without curves, by the gold reward before and after.
+    By the curves of judged win rates: their best point, if the last value's interval lies wholly below that of the best
+    one while the learned score ends higher. Intervals that touch are not enough, because the best of many noisy points
+    is high by luck. Where no curve fell, by the gold reward before and after.
     """
     curves = run.curves.get("ppo", {})
-    judges = [name.removeprefix(RATE) for name in curves if name.startswith(RATE) and name != f"{RATE}score"]
-    if told := [found for judge in judges if (found := _turning_point(curves, judge))]:
+    judged = _judged(curves)
+    if told := [found for judge, table in judged.items() if (found := _turning_point(judge, table))]:
         return " ".join(told)
     if run.comparison and paired(run.comparison["rows"], "gold"):
         rows = run.comparison["rows"]
         learned, gold = difference(rows, "learned"), difference(rows, "gold")
         if learned.low > 0 and gold.high < 0:
             return "Over-optimised: the learned reward rose while the gold reward fell, both beyond their intervals."
-    if judges:
+    if judged:
         return (
-            f"No over-optimisation is visible: no win rate ({', '.join(judges)}) fell below the interval of its best."
+            f"No over-optimisation is visible: no win rate ({', '.join(judged)}) ended below its best by more than "
+            "their intervals while the learned score rose."
         )
     return (
-        "From where on it over-optimises, if it does, cannot be told: no judged win rate was logged (WinRateCallback)."
+        "From where on it over-optimises, if it does, cannot be told: no judged win rate was logged twice or more "
+        "(WinRateCallback)."
     )
 
 
-def _turning_point(curves: Curves, judge: str) -> str | None:
-    rate, low = curves[f"{RATE}{judge}"].dropna(), curves.get(f"val/win_rate_low/{judge}")
+def _judged(curves: Curves) -> dict[str, pd.DataFrame]:
+    """Columns rate, low, high and learned by judge, where they were logged twice or more."""
     learned = next((curves[name].dropna() for name in ("val/score", "train/score") if name in curves), None)
-    if low is None or learned is None or len(rate) < 2:
-        return None
-    best, last = rate.idxmax(), rate.index[-1]
-    then, now = (_mean_near(learned, step, rate.index) for step in (best, last))
-    if best == last or not rate[last] < low.get(best, math.nan) or not now > then:
+    tables = {}
+    for judge in (name.removeprefix(RATE) for name in curves if name.startswith(RATE) and name != f"{RATE}score"):
+        columns = [curves.get(f"val/{name}/{judge}") for name in ("win_rate", "win_rate_low", "win_rate_high")]
+        if learned is not None and all(column is not None for column in columns):
+            table = pd.concat(columns, axis=1, keys=["rate", "low", "high"]).dropna()
+            table["learned"] = [_mean_until(learned, step, table.index) for step in table.index]
+            if len(table) > 1:
+                tables[judge] = table
+    return tables
+
+
+def _turning_point(judge: str, table: pd.DataFrame) -> str | None:
+    step = table["rate"].idxmax()
+    best, last = table.loc[step], table.iloc[-1]
+    if not (last["high"] < best["low"] and last["learned"] > best["learned"]):
         return None
     return (
-        f"Over-optimised from iteration {int(best) + 1} on: the learned score went on rising ({then:.2f} to {now:.2f}) "
-        f"while the win rate by {judge} fell from {rate[best]:.1%} to {rate[last]:.1%}, below the interval of its best."
+        f"Over-optimised from iteration {int(step) + 1} on: the learned score went on rising "
+        f"({best['learned']:.2f} to {last['learned']:.2f}) while the win rate by {judge} fell from {best['rate']:.1%} "
+        f"to {last['rate']:.1%}, beyond both intervals."
     )
 
 
-def _mean_near(curve: Any, step: float, steps: Sequence[float]) -> float:
+def _mean_until(curve: pd.Series, step: float, steps: Sequence[float]) -> float:
     """The curve's mean between the validation before a step and the step itself."""
     before = max((s for s in steps if s < step), default=-math.inf)
     near = curve[(curve.index > before) & (curve.index <= step)]
