@@ -23,7 +23,7 @@ from lrlhf.report.tables import (
     make_table,
     printable,
 )
-from lrlhf.report.verdict import over_optimisation, verdict
+from lrlhf.report.verdict import verdicts
 
 try:
     from rich.console import Console
@@ -71,40 +71,39 @@ def write_report(folders: Sequence[str | Path], to: str | Path | None = None) ->
 
 def print_report(run: Run) -> None:
     """The tables, the verdicts, the samples and the seconds on the terminal."""
-    console, comparison = Console(), run.comparison
-    tables = {printable(result["title"]): evaluation_table(result) for result in run.evaluations}
-    if comparison:
-        tables = make_table(comparison) | tables
+    console, comparison = Console(), run.comparison or {"rows": []}
+    tables = make_table(comparison) | {result["title"]: evaluation_table(result) for result in run.evaluations}
     if tables:
         console.print(_table(run.name, tables))
-    notes = [
-        printable(f"{result['title']}: {note}") for result in run.evaluations for note in result.get("notes") or ()
-    ]
-    said = [Text(verdict(comparison), "bold")] if comparison else []
-    console.print(*said, *map(Text, notes), Text(over_optimisation(run)), Text(CAVEAT), sep="\n")
-    if comparison is None:
-        return
+    notes = [f"{result['title']}: {note}" for result in run.evaluations for note in result.get("notes") or ()]
+    bold = [_text(said, "bold") for said in verdicts(run)]
+    console.print(*bold, *map(_text, [*notes, *([CAVEAT] if tables else [])]), sep="\n")
     note, samples = choose_samples(comparison["rows"])
     if samples:
-        console.print(Text(f"\nSamples. {note}"))
+        console.print(_text(f"\nSamples. {note}"))
     for rank, row in samples:
-        caption = Text(f"\nRank {rank}: {printable(row['instruction'])}", "bold")
+        caption = _text(f"\nRank {rank}: {row['instruction']}", "bold")
         pair = Table(title=caption, title_justify="left", expand=True)
         for side in SIDES:
-            pair.add_column(Text(f"{side} PPO: {describe(row[side])}"), ratio=1)
-        pair.add_row(*(Text(printable(row[side]["response"])) for side in SIDES))
+            pair.add_column(_text(f"{side} PPO: {describe(row[side])}"), ratio=1)
+        pair.add_row(*(_text(row[side]["response"]) for side in SIDES))
         console.print(pair)
-    console.print(Text(describe_seconds(comparison.get("seconds") or {})))
+    console.print(_text(describe_seconds(comparison.get("seconds") or {})))
 
 
 def _table(name: str, tables: dict[str, list[Line]]) -> Table:
-    table = Table(title=Text(printable(name), "bold"), title_justify="left")
+    table = Table(title=_text(name, "bold"), title_justify="left")
     table.add_column(HEADINGS[0])
     for heading in HEADINGS[1:]:
         table.add_column(heading, justify="right")
     for title, lines in tables.items():
         table.add_section()
-        table.add_row(Text(title, "bold"))
+        table.add_row(_text(title, "bold"))
         for label, *cells in lines:
-            table.add_row(Text(f"  {label}"), *cells, style="bold cyan" if label.startswith("difference") else "")
+            table.add_row(_text(f"  {label}"), *cells, style="bold cyan" if label.startswith("difference") else "")
     return table
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Shown as it is: neither markup nor control characters of a run's texts reach the terminal."""
+    return Text(printable(text), style)
