@@ -1,6 +1,7 @@
 """What run folders hold, and how their configs differ."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from lrlhf.errors import UserError
+from lrlhf.evaluation.estimates import Estimate, Line
 from lrlhf.evaluation.evaluation import FILE
 from lrlhf.evaluation.pairs import read_annotations
 from lrlhf.report import BEFORE, STAGES
@@ -16,8 +18,15 @@ from lrlhf.report.curves import Curves, read_curves
 
 CLASSES = {"SFT": "sft", "RewardModel": "reward", "PPOPolicy": "ppo"}
 """The stage that a module's class is for, where a run is of one stage."""
-OWN_NAMES = ("trainer.default_root_dir", "model.init_args.sft", "model.init_args.reward_model", "seed_everything")
-"""Keys whose values only name a run, but for the seed, which is told apart."""
+OWN_NAMES = ("trainer.default_root_dir", "model.init_args.sft", "model.init_args.reward_model")
+"""Keys whose values only name a run."""
+TEXTS = {
+    "self_checks.txt": "self-checks",
+    "plan.json": "memory plan",
+    "plan.txt": "memory plan",
+    "config.yaml": "resolved config",
+}
+"""Files that are shown as they are, in a run's folder or in a stage's."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Run:
     comparison: dict[str, Any] | None = None
     """The contents of comparison.json."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    """The contents of evaluations/*/evaluation.json."""
+    """The contents of evaluations/*/evaluation.json; `lines` are `Line`s."""
     words: dict[str, list[str]] = field(default_factory=dict)
     """What judges said of before and after PPO, by prompt."""
 
@@ -74,7 +83,7 @@ def read_run(folder: Path, name: str) -> Run:
         name,
         curves,
         {stage: _config(path) for stage, path in stages.items()},
-        dict(_texts(stages)),
+        _texts(folder, stages),
         comparison,
         evaluations,
         _words(folder),
@@ -82,14 +91,15 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """The config keys in which runs differ, each with its value in every run."""
-    flat = [
-        {f"{stage}: {key}": value for stage, config in run.configs.items() for key, value in _flat(config).items()}
-        for run in runs
-    ]
-    keys = list(dict.fromkeys(key for values in flat for key in values if not key.endswith(OWN_NAMES[:3])))
-    told = [(key, [str(values.get(key, "")) for values in flat]) for key in keys]
-    return [(key, values) for key, values in told if len(set(values)) > 1]
+    """The config keys in which runs differ that have the stage, each with its value in every run."""
+    told = []
+    for stage in STAGES:
+        flat = [_flat(run.configs[stage]) if run.configs.get(stage) else None for run in runs]
+        for key in dict.fromkeys(key for values in flat if values for key in values if key not in OWN_NAMES):
+            values = ["" if values is None else str(values.get(key, "not set")) for values in flat]
+            if len({value for value, has in zip(values, flat, strict=True) if has}) > 1:
+                told.append((f"{stage}: {key}", values))
+    return told
 
 
 def stage_of(path: Path, config: dict[str, Any]) -> str:
@@ -112,14 +122,14 @@ def _config(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _texts(stages: dict[str, Path]) -> list[tuple[str, str]]:
-    kinds = (("self_checks.txt", "self-checks"), ("plan.txt", "memory plan"), ("config.yaml", "resolved config"))
-    return [
-        (f"{stage}: {what}", (path / file).read_text(errors="replace"))
-        for stage, path in stages.items()
-        for file, what in kinds
+def _texts(folder: Path, stages: dict[str, Path]) -> dict[str, str]:
+    places = stages if folder in stages.values() else {"run": folder, **stages}
+    return {
+        f"{name}: {what}": (path / file).read_text(errors="replace")
+        for name, path in places.items()
+        for file, what in TEXTS.items()
         if (path / file).is_file()
-    ]
+    }
 
 
 def _comparison(run: Path) -> dict[str, Any] | None:
@@ -129,12 +139,31 @@ def _comparison(run: Path) -> dict[str, Any] | None:
     comparison = _json(path)
     if not isinstance(comparison, dict) or not isinstance(comparison.get("rows"), list):
         raise UserError(f"report: {path} has no list named rows; run lrlhf align again.")
+    for number, row in enumerate(comparison["rows"]):
+        if not (isinstance(row, dict) and {"instruction", "before", "after"} <= row.keys()):
+            raise UserError(
+                f"report: row {number} of {path} lacks instruction, before or after; run lrlhf align again."
+            )
     return comparison
 
 
 def _evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:
     paths = sorted({path for folder in folders for path in folder.glob(f"evaluations/*/{FILE}")})
-    return [result for path in paths if isinstance(result := _json(path), dict) and "lines" in result]
+    return [_evaluation(path) for path in paths]
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    result = _json(path)
+    try:
+        return {"title": path.parent.name, **result, "lines": [_line(line) for line in result["lines"]]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"report: {path} is no result of lrlhf evaluate ({error!r}); make it again.") from None
+
+
+def _line(line: dict[str, Any]) -> Line:
+    value, low, high = (math.nan if line[key] is None else float(line[key]) for key in ("value", "low", "high"))
+    format(value, line["style"])
+    return Line(str(line["label"]), Estimate(value, low, high, line["n"]), line["style"])
 
 
 def _words(run: Path) -> dict[str, list[str]]:
@@ -154,9 +183,23 @@ def _json(path: Path) -> Any:
 
 
 def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings, and lists of them, as one with dotted keys."""
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        values = _by_class(values)
     if isinstance(values, dict) and values:
         found: dict[str, Any] = {}
         for name, value in values.items():
             found |= _flat(value, f"{key}.{name}" if key else str(name))
         return found
     return {key: values}
+
+
+def _by_class(values: list[Any]) -> dict[str, Any]:
+    """The k-th of a class by its name, and k after the first; what has no class by its place."""
+    found: dict[str, Any] = {}
+    for place, value in enumerate(values):
+        path = value.get("class_path") if isinstance(value, dict) else None
+        name = str(path).rpartition(".")[2] if path else str(place)
+        repeated = sum(other.partition("#")[0] == name for other in found)
+        found[f"{name}#{repeated + 1}" if repeated else name] = value
+    return found

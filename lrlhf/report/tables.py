@@ -47,12 +47,8 @@ def _line(label: str, estimate: Estimate, style: str) -> Line:
 
 
 def evaluation_table(result: dict[str, Any]) -> list[Line]:
-    """The lines of an evaluation.json."""
-    lines = []
-    for line in result["lines"]:
-        value, low, high = (math.nan if line[key] is None else line[key] for key in ("value", "low", "high"))
-        lines.append(_line(line["label"], Estimate(value, low, high, line["n"]), line["style"]))
-    return lines
+    """The lines of an evaluation."""
+    return [_line(label, estimate, style) for label, estimate, style in result["lines"]]
 
 
 def choose_samples(rows: list[Row], count: int = 5) -> tuple[str, list[tuple[int, Row]]]:

@@ -91,6 +91,21 @@ def test_runs_share_plots_and_their_configs_are_compared(tmp_path):
     assert (tmp_path / "plots/ppo_score.png").is_file()
 
 
+def test_what_differs_in_a_list_is_named_by_the_class_that_has_it(tmp_path):
+    def write(name, coefficient, judges, stage="ppo"):
+        callbacks = [{"class_path": "lrlhf.WinRateCallback", "init_args": {"judge": judge}} for judge in judges]
+        callbacks.append({"class_path": "lrlhf.DivergenceCallback", "init_args": {"coefficient": coefficient}})
+        folder = write_stage(tmp_path / name / stage, ppo_metrics())
+        (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        return tmp_path / name
+
+    runs = [write("one", 0.05, ["a", "b"]), write("two", 0.1, ["a", "c"]), write("bare", 1, [], stage="sft")]
+    assert differences(read_runs([str(run) for run in runs])) == [
+        ("ppo: trainer.callbacks.WinRateCallback#2.init_args.judge", ["b", "c", ""]),
+        ("ppo: trainer.callbacks.DivergenceCallback.init_args.coefficient", ["0.05", "0.1", ""]),
+    ]
+
+
 def test_two_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     paths = [str(write_stage(tmp_path / side / "ppo", ppo_metrics())) for side in ("a", "b")]
     assert [run.name for run in read_runs(paths)] == paths
@@ -110,9 +125,31 @@ def test_an_evaluation_is_shown_with_its_notes_samples_and_plots(tmp_path):
     assert {"reliability_0.png", "score_length_0.png"} <= {path.name for path in (run / "plots").iterdir()}
 
 
+@pytest.mark.parametrize(
+    "changes", [{"lines": 3}, {"lines": [{}]}, {"style": "zz"}, {"value": "x"}, {"n": ...}, {"label": ...}]
+)
+def test_a_result_of_another_shape_is_one_sentence(tmp_path, changes):
+    write_evaluation(tmp_path)
+    path = tmp_path / "evaluations/e/evaluation.json"
+    result = json.loads(path.read_text())
+    if "lines" not in changes:
+        line = {**result["lines"][0], **changes}
+        changes = {"lines": [{key: value for key, value in line.items() if value is not ...}]}
+    path.write_text(json.dumps(result | changes))
+    with pytest.raises(UserError, match="is no result of lrlhf evaluate"):
+        write_report([tmp_path])
+
+
+@pytest.mark.parametrize("row", [1, {"instruction": "x", "before": {}}])
+def test_a_row_of_another_shape_is_one_sentence(tmp_path, row):
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": [row]}))
+    with pytest.raises(UserError, match="row 0 of .* lacks instruction, before or after"):
+        write_report([tmp_path])
+
+
 def test_configs_plans_and_self_checks_are_on_the_page(tmp_path):
     run = write_stage(tmp_path / "run", ppo_metrics(), lora={"r": 4321})
-    (run / "plan.txt").write_text("Peak: 1.72 GiB")
+    (run / "plan.json").write_text("Peak: 1.72 GiB")
     (run / "self_checks.txt").write_text("log-probs agree")
     text = write_report([run]).read_text()
     for said in ("ppo: resolved config", "4321", "ppo: memory plan", "Peak: 1.72 GiB", "log-probs agree"):
