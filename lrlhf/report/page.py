@@ -3,18 +3,20 @@
 import base64
 import gzip
 import hashlib
+import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
 from lrlhf.report import BEFORE
-from lrlhf.report.plots import Plot, interactive
+from lrlhf.report.plots import Plot, image, interactive
 from lrlhf.report.runs import Run, differences
 from lrlhf.report.tables import (
+    CAVEAT,
     HEADINGS,
+    SIDES,
     choose_samples,
     describe,
     describe_seconds,
@@ -40,22 +42,21 @@ new Response(stream).text().then(code => {
   }
 });
 """
-"""Unpacks plotly and draws. The page's policy names this script by its hash, so no other script runs."""
+"""Unpacks plotly and draws in place of the stills. The page's policy names both scripts by hash: no other runs."""
 
 
-def render_page(runs: Sequence[Run], plots: Sequence[Plot], images: Path) -> str:
-    """The whole page; with still images where plotly is not installed, or scripts are off.
+def render_page(runs: Sequence[Run], plots: Sequence[Plot]) -> str:
+    """The whole page; with still images where plotly is not installed, or does not run.
 
     Args:
         runs: to show.
         plots: of the runs.
-        images: folder that holds each plot as NAME.png.
     """
     pages = Environment(loader=PackageLoader("lrlhf.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters |= {"printable": lambda value: printable(str(value)), "describe": describe}
-    stills = {plot.name: base64.b64encode((images / f"{plot.name}.png").read_bytes()).decode() for plot in plots}
+    plotly = _plotly() if plots else None
+    scripts = [LOADER, plotly] if plotly else []
     figures = {plot.name: interactive(plot) for plot in plots}
-    digest = base64.b64encode(hashlib.sha256(LOADER.encode()).digest()).decode()
     return pages.get_template("report.html.j2").render(
         title=", ".join(run.name for run in runs),
         runs=[_show(run) for run in runs],
@@ -63,12 +64,13 @@ def render_page(runs: Sequence[Run], plots: Sequence[Plot], images: Path) -> str
         differences=differences(runs) if len(runs) > 1 else [],
         headings=HEADINGS,
         plots=plots,
-        stills=stills,
-        plotly=_packed_plotly() if plots else None,
+        stills={plot.name: _still(plot, 72 if plotly else 160) for plot in plots},
+        plotly=_base64(gzip.compress(plotly.encode(), mtime=0)) if plotly else None,
         figures=json.dumps(figures).replace("<", "\\u003c"),
         loader=LOADER,
-        digest=digest,
-        sides=("before", "after"),
+        hashes=[_base64(hashlib.sha256(script.encode()).digest()) for script in scripts],
+        sides=SIDES,
+        caveat=CAVEAT,
     )
 
 
@@ -99,10 +101,20 @@ def _subject(comparison: dict[str, Any]) -> str:
     return f"{model}, seed {seed}, {len(comparison['rows'])} held-out prompts"
 
 
-def _packed_plotly() -> str | None:
-    """plotly.min.js, compressed; None if the package is not installed."""
+def _plotly() -> str | None:
+    """plotly.min.js; None if the package is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
         return None
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
+    return get_plotlyjs()
+
+
+def _still(plot: Plot, resolution: int) -> str:
+    file = io.BytesIO()
+    image(plot).savefig(file, format="png", dpi=resolution)
+    return _base64(file.getvalue())
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

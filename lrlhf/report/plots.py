@@ -1,8 +1,10 @@
 """The plots of runs, described once and drawn twice: as images by matplotlib, and for a browser by plotly."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, Literal
 
 import pandas as pd
@@ -10,6 +12,7 @@ import pandas as pd
 from lrlhf.errors import UserError
 from lrlhf.report.curves import Curves
 from lrlhf.report.runs import Run
+from lrlhf.report.tables import printable
 from lrlhf.report.verdict import RATE
 
 try:
@@ -107,7 +110,8 @@ def win_rate_plot(runs: Sequence[Run], judge: str) -> Plot:
         if (controlled := logged.get(f"val/length_controlled_win_rate/{judge}")) is not None:
             curves.append(_curve(f"{label}length-controlled", controlled, color, "dashed"))
     hint = "Against the reference; the band is the 95 % interval. What lies above the dashed line is length."
-    return Plot(f"win_rate_{judge}", f"Win rate by {judge}", "PPO iteration", "share of prompts", hint, curves, 0.5)
+    file = re.sub(r"[^\w.-]+", "_", judge)
+    return Plot(f"win_rate_{file}", f"Win rate by {judge}", "PPO iteration", "share of prompts", hint, curves, 0.5)
 
 
 def frontier_plot(runs: Sequence[Run]) -> Plot:
@@ -167,14 +171,16 @@ def image(plot: Plot) -> Figure:
     """For a file."""
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes: Axes = figure.subplots()
-    axes.set_title(plot.title, loc="left", fontweight="bold", fontsize=11)
-    axes.set(xlabel=plot.x, ylabel=plot.y)
+    axes.set_title(_no_math(plot.title), loc="left", fontweight="bold", fontsize=11)
+    axes.set(xlabel=_no_math(plot.x), ylabel=plot.y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e2e8f0", lw=0.8)
     for curve in plot.curves:
         line = {"line": "-", "dashed": "--", "points": ""}[curve.style]
         marker = "o" if len(curve.x) <= 40 or curve.style == "points" else ""
-        axes.plot(curve.x, curve.y, ls=line, marker=marker, ms=3.5, lw=1.4, color=curve.color, label=curve.label)
+        axes.plot(
+            curve.x, curve.y, ls=line, marker=marker, ms=3.5, lw=1.4, color=curve.color, label=_no_math(curve.label)
+        )
         if curve.band:
             axes.fill_between(curve.x, *curve.band, color=curve.color, alpha=0.15, lw=0)
     if plot.guide is not None:
@@ -196,19 +202,27 @@ def interactive(plot: Plot) -> dict[str, Any]:
             data.append({**edge, "y": _json(curve.band[1]), "fill": "tonexty", "fillcolor": f"{curve.color}26"})
         joined = {"width": 2, "color": curve.color, "dash": "dash" if curve.style == "dashed" else "solid"}
         mode = "markers" if curve.style == "points" else "lines+markers" if len(curve.x) <= 40 else "lines"
-        trace = {"x": _json(curve.x), "y": _json(curve.y), "name": curve.label, "mode": mode, "line": joined}
-        data.append(trace | {"marker": {"size": 5, "color": curve.color}, "text": list(curve.hover or ())})
+        trace = {"x": _json(curve.x), "y": _json(curve.y), "name": _no_tags(curve.label), "mode": mode, "line": joined}
+        data.append(trace | {"marker": {"size": 5, "color": curve.color}, "text": [*map(_no_tags, curve.hover or ())]})
     dotted = {"type": "line", "line": {"dash": "dot", "color": "#475569", "width": 1.5}}
     across = {**dotted, "xref": "paper", "x0": 0, "x1": 1, "y0": plot.guide, "y1": plot.guide}
     diagonal = {**dotted, "x0": 0.5, "x1": 1, "y0": 0.5, "y1": 1}
+    axis = {"gridcolor": "#e2e8f0", "zeroline": False, "automargin": True}
     layout = {
-        "title": {"text": plot.title, "x": 0, "xref": "paper", "font": {"size": 15}},
-        "xaxis": {"title": {"text": plot.x}, "gridcolor": "#e2e8f0", "zeroline": False},
-        "yaxis": {"title": {"text": plot.y}, "gridcolor": "#e2e8f0", "zeroline": False, "automargin": True},
+        "title": {"text": _no_tags(plot.title), "x": 0, "xref": "paper", "font": {"size": 15}},
+        "xaxis": {**axis, "title": {"text": _no_tags(plot.x), "standoff": 8}},
+        "yaxis": {**axis, "title": {"text": plot.y, "standoff": 8}},
         "margin": {"l": 50, "r": 10, "t": 40, "b": 45},
-        "height": 320,
+        "height": 300 + 20 * len(plot.curves),
         "plot_bgcolor": "white",
-        "legend": {"orientation": "h", "y": -0.25},
+        "legend": {
+            "orientation": "h",
+            "traceorder": "normal",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "x": 0,
+        },
         "showlegend": len(plot.curves) > 1,
         "shapes": [across] * (plot.guide is not None) + [diagonal] * plot.diagonal,
     }
@@ -227,6 +241,16 @@ def _curve(label: str, values: pd.Series, color: str, style: Any, band: Any = No
 
 def _at(values: pd.Series, others: pd.Series) -> list[float]:
     return list(values.reindex(others.index))
+
+
+def _no_math(text: str) -> str:
+    """For matplotlib, to which dollars are formulas."""
+    return printable(text).replace("$", r"\$")
+
+
+def _no_tags(text: str) -> str:
+    """For plotly, which makes links and images of some tags."""
+    return escape(printable(text), quote=False)
 
 
 def _json(values: Sequence[float]) -> list[float | None]:

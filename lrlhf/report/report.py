@@ -14,7 +14,9 @@ from lrlhf.report.page import render_page
 from lrlhf.report.plots import image, make_plots
 from lrlhf.report.runs import Run, read_runs
 from lrlhf.report.tables import (
+    CAVEAT,
     HEADINGS,
+    SIDES,
     Line,
     choose_samples,
     describe,
@@ -31,9 +33,6 @@ try:
     from rich.text import Text
 except ImportError as error:
     raise UserError(f"lrlhf report needs {error.name}: pip install 'lrlhf[demo]'.") from None
-
-SIDES = ("before", "after")
-CAVEAT = "Intervals cover the choice of prompts, not another training seed."
 
 
 def main(arguments: list[str]) -> None:
@@ -62,7 +61,7 @@ def write_report(folders: Sequence[str | Path], to: str | Path | None = None) ->
     images.mkdir(parents=True, exist_ok=True)
     for plot in plots:
         image(plot).savefig(images / f"{plot.name}.png", dpi=160)
-    page.write_text(render_page(runs, plots, images), encoding="utf-8")
+    page.write_text(render_page(runs, plots), encoding="utf-8")
     for run in runs:
         print_report(run)
     print(f"Page: {page}")

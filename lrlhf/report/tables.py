@@ -8,6 +8,8 @@ from typing import Any
 from lrlhf.evaluation.estimates import Estimate, mean_interval, wilson_interval
 from lrlhf.report.verdict import Row, difference, paired
 
+SIDES = ("before", "after")
+CAVEAT = "Intervals cover the choice of prompts, not another training seed."
 HEADINGS = ("", "Value", "95 % interval", "n")
 Line = tuple[str, str, str, str]
 """Label, value, interval, n."""
