@@ -16,7 +16,7 @@ USAGE = """usage: lrlhf COMMAND [options]
   evaluate   win rates, factual precision and more: lrlhf evaluate --config configs/evaluate/reward_model.yaml
   plan       the memory that a run needs, before it runs: lrlhf plan --config configs/demo/sft.yaml
   verify-resume   prove on your config that a killed run ends like an uninterrupted one
-  report     tables, plots and an HTML page of an align run: lrlhf report runs/demo
+  report     tables, plots and one HTML page of runs, side by side: lrlhf report runs/demo
 
 lrlhf COMMAND --help tells the options; several --config files compose, later ones win."""
 

@@ -110,7 +110,7 @@ def win_rate_plot(runs: Sequence[Run], judge: str) -> Plot:
         if (controlled := logged.get(f"val/length_controlled_win_rate/{judge}")) is not None:
             curves.append(_curve(f"{label}length-controlled", controlled, color, "dashed"))
     hint = "Against the reference; the band is the 95 % interval. What lies above the dashed line is length."
-    file = re.sub(r"[^\w.-]+", "_", judge)
+    file = re.sub(r"[^\w.-]+", "_", judge)[:80]
     return Plot(f"win_rate_{file}", f"Win rate by {judge}", "PPO iteration", "share of prompts", hint, curves, 0.5)
 
 
@@ -178,17 +178,16 @@ def image(plot: Plot) -> Figure:
     for curve in plot.curves:
         line = {"line": "-", "dashed": "--", "points": ""}[curve.style]
         marker = "o" if len(curve.x) <= 40 or curve.style == "points" else ""
-        axes.plot(
-            curve.x, curve.y, ls=line, marker=marker, ms=3.5, lw=1.4, color=curve.color, label=_no_math(curve.label)
-        )
+        axes.plot(curve.x, curve.y, ls=line, marker=marker, ms=3.5, lw=1.4, color=curve.color)
         if curve.band:
             axes.fill_between(curve.x, *curve.band, color=curve.color, alpha=0.15, lw=0)
+    if len(plot.curves) > 1:
+        labels = [_no_math(curve.label) for curve in plot.curves]
+        axes.legend(axes.lines, labels, frameon=False).set_in_layout(False)
     if plot.guide is not None:
         axes.axhline(plot.guide, color="#475569", lw=1.2, ls=":")
     if plot.diagonal:
         axes.axline((0.5, 0.5), slope=1, color="#475569", lw=1.2, ls=":")
-    if len(plot.curves) > 1:
-        axes.legend(frameon=False)
     return figure
 
 
@@ -245,12 +244,18 @@ def _at(values: pd.Series, others: pd.Series) -> list[float]:
 
 def _no_math(text: str) -> str:
     """For matplotlib, to which dollars are formulas."""
-    return printable(text).replace("$", r"\$")
+    return _short(text).replace("$", r"\$")
 
 
 def _no_tags(text: str) -> str:
-    """For plotly, which makes links and images of some tags."""
-    return escape(printable(text), quote=False)
+    """For plotly, which makes links of some tags, and formulas of what stands between dollars."""
+    return escape(_short(text), quote=False).replace("$", "&#36;")
+
+
+def _short(text: str) -> str:
+    """With its middle left out where it would push the axes out of the picture."""
+    text = printable(text)
+    return text if len(text) <= 50 else f"{text[:24]}…{text[-25:]}"
 
 
 def _json(values: Sequence[float]) -> list[float | None]:

@@ -5,7 +5,9 @@ import math
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -13,7 +15,7 @@ import pytest
 import yaml
 
 from lrlhf.errors import UserError
-from lrlhf.report.plots import interactive, make_plots
+from lrlhf.report.plots import image, interactive, make_plots
 from lrlhf.report.report import main, write_report
 from lrlhf.report.runs import Run, differences, read_run, read_runs
 from lrlhf.report.verdict import over_optimisation, verdicts
@@ -87,7 +89,7 @@ def test_runs_share_plots_and_their_configs_are_compared(tmp_path):
     page = write_report([one, two], tmp_path / "both.html")
     text = page.read_text()
     assert "What differs in the configs" in text
-    assert "model.init_args.lora.r" in text
+    assert "model.init_args.lora.r" in text.replace("<wbr>", "")
     assert (tmp_path / "plots/ppo_score.png").is_file()
 
 
@@ -245,47 +247,86 @@ def test_a_figure_is_json_without_nan_and_has_its_band(tmp_path):
     assert plots["win_rate_gold"]["layout"]["shapes"][0]["y0"] == 0.5
 
 
-def hostile_run(tmp_path) -> Path:
-    """A run in which every text that a user's data can hold attacks the page."""
-    run = tmp_path / "run"
-    write_stage(run / "ppo", ppo_metrics(), note=HOSTILE)
-    (run / "ppo/plan.txt").write_text(HOSTILE)
-    row = {side: {"response": HOSTILE, "learned": i, "gold": 0.0, "length": 3, "ended": True}
-           for i, side in enumerate(("before", "after"))}  # fmt: skip
-    comparison = {"rows": [{"instruction": HOSTILE, **row}] * 3, "gold": HOSTILE, "base_model": HOSTILE}
-    (run / "comparison.json").write_text(json.dumps(comparison))
-    write_evaluation(run, HOSTILE)
-    return run
+def test_labels_are_text_to_plotly_and_to_matplotlib(tmp_path):
+    names = ('<a href="x">a', "_$\\foo$")
+    rate = {"val/win_rate/a/b": [0.5] * 8}
+    runs = read_runs([str(write_stage(tmp_path / name, ppo_metrics() | rate)) for name in names])
+    plots = {plot.name: plot for plot in make_plots(runs)}
+    assert "win_rate_a_b" in plots
+    labels = [trace["name"] for trace in interactive(plots["ppo_score"])["data"]]
+    assert labels == ['&lt;a href="x"&gt;a: training', "_&#36;\\foo&#36;: training"]
+    page = write_report([run.folder for run in runs])
+    assert (page.parent / "plots/win_rate_a_b.png").is_file()
+    legend = image(plots["ppo_score"]).axes[0].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ['<a href="x">a: training', "_\\$\\foo\\$: training"]
 
 
-def test_attacks_stay_text(tmp_path):
-    text = write_report([hostile_run(tmp_path)]).read_text()
-    body = text.partition("</style>")[2]
-    assert "<img src=x" not in body
-    assert "parent.hacked" in body
-    assert len(re.findall(r"<script", body)) == 3  # data, plotly, loader
-    assert "&lt;img src=x onerror" in body
-    assert "script-src 'sha256-" in text
+def hostile_runs(tmp_path) -> list[Path]:
+    """Two runs in which every text that a user's data can hold attacks the page."""
+    runs = [tmp_path / name for name in ("<b onclick=parent.hacked=1>$x$", "W" * 80)]
+    for number, run in enumerate(runs):
+        write_stage(run / "ppo", ppo_metrics() | {f"val/win_rate/{HOSTILE}": [0.5] * 8}, note=f"{HOSTILE}{number}")
+        for file in ("plan.txt", "self_checks.txt"):
+            (run / "ppo" / file).write_text(HOSTILE)
+        row = {side: {"response": HOSTILE, "learned": i, "gold": 0.0, "length": 3, "ended": True}
+               for i, side in enumerate(("before", "after"))}  # fmt: skip
+        comparison = {"rows": [{"instruction": HOSTILE, **row}] * 3, "gold": HOSTILE, "base_model": HOSTILE}
+        comparison |= {"divergences": {HOSTILE: 0.1}, "seconds": {HOSTILE: 1.0}}
+        (run / "comparison.json").write_text(json.dumps(comparison))
+        write_evaluation(run, HOSTILE, {"score_against_length": {"length": [1, 2], "score": [0, 1]}})
+    return runs
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_the_page_in_a_browser(tmp_path):
-    """Plots drawn, no script of others, no request, no message on the console, no scrolling sideways."""
-    page = write_report([hostile_run(tmp_path)])
-    assert page.stat().st_size < 5_000_000
-    wrapper = tmp_path / "wrapper.html"
-    frames = "".join(f'<iframe src="{page}" width={width} height=900></iframe>' for width in (390, 420, 1280))
+def test_attacks_stay_text(tmp_path, capsys):
+    page = Page()
+    page.feed(write_report(hostile_runs(tmp_path)).read_text())
+    assert page.tags.count("script") == 3  # data, plotly, loader
+    assert "iframe" not in page.tags
+    assert {key for key, _ in page.attributes if key.startswith("on")} == set()
+    assert {value[:5] for key, value in page.attributes if key in ("src", "href")} == {"data:"}
+    assert "unsafe-inline" not in page.policy["script-src"]
+    assert page.policy["default-src"] == "'none'"
+
+
+def test_the_terminal_shows_control_characters_as_replacements(tmp_path, capsys):
+    write_evaluation(tmp_path, "\x1b[2J")
+    side = {"learned": 0.0, "gold": 0.0, "length": 3, "ended": True, "response": "\x1b[2J"}
+    rows = [{"instruction": "\x1b[2J", "before": side, "after": side}]
+    comparison = {"rows": rows, "gold": "\x1b[2J", "base_model": "\x1b[2J", "divergences": {"\x1b[2J": 0.1}}
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    write_report([tmp_path])
+    assert "\x1b[2J" not in (told := capsys.readouterr().out)
+    assert "title \ufffd[2J" in told
+
+
+class Page(HTMLParser):
+    """A page's tags, their attributes and its policy."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes, self.policy = [], [], {}
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if (values := dict(attrs)).get("http-equiv") == "Content-Security-Policy":
+            self.policy = dict(part.strip().split(" ", 1) for part in values["content"].split(";"))
+
+
+def browse(tmp_path: Path, page: Path, widths) -> tuple[dict, str, str]:
+    """What frames of these widths told of the page, Chromium's messages, and its record of requests."""
+    wrapper, requests = tmp_path / "wrapper.html", tmp_path / "requests.json"
+    frames = "".join(f'<iframe src="{quote(str(page))}" width={width} height=900></iframe>' for width in widths)
     wrapper.write_text(f"""<body>{frames}<p id=told></p><script>
         const look = frame => {{
           const page = frame.contentDocument;
           return [page.documentElement.scrollWidth - frame.clientWidth, page.querySelectorAll("svg.main-svg").length];
         }};
         setTimeout(() => {{
-          document.getElementById("told").textContent =
-            JSON.stringify([[...document.querySelectorAll("iframe")].map(look), window.hacked || 0]);
+          const frames = [...document.querySelectorAll("iframe")].map(look);
+          document.getElementById("told").textContent = JSON.stringify({{ frames, hacked: window.hacked || 0 }});
         }}, 8000);
         </script>""")
-    requests = tmp_path / "requests.json"
     ran = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -293,13 +334,32 @@ def test_the_page_in_a_browser(tmp_path):
          f"--log-net-log={requests}", "--virtual-time-budget=12000", "--dump-dom", f"file://{wrapper}"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    widths, hacked = json.loads(re.search(r'<p id="told">(.*?)</p>', ran.stdout)[1])
-    assert all(overflow <= 0 for overflow, _ in widths)
-    assert all(drawn >= 4 for _, drawn in widths)
-    assert hacked == 0
-    assert "CONSOLE" not in ran.stderr
-    hosts = set(re.findall(r'"url":\s*"(?:https?|wss?)://([^/"]*)', requests.read_text()))
+    return json.loads(re.search(r'<p id="told">(.*?)</p>', ran.stdout)[1]), ran.stderr, requests.read_text()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_in_a_browser(tmp_path):
+    """Plots drawn, no script of others, no request, no message on the console, no scrolling sideways."""
+    page = write_report(hostile_runs(tmp_path), tmp_path / "page.html")
+    assert page.stat().st_size < 5_000_000
+    told, messages, requests = browse(tmp_path, page, (390, 420, 1280))
+    assert all(overflow <= 0 for overflow, _ in told["frames"])
+    assert all(drawn >= 4 for _, drawn in told["frames"])
+    assert told["hacked"] == 0
+    assert "CONSOLE" not in messages
+    hosts = set(re.findall(r'"url":\s*"(?:https?|wss?)://([^/"]*)', requests))
     assert {host for host in hosts if not host.endswith(GOOGLE)} == set()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_script_that_got_into_the_page_would_not_run(tmp_path):
+    page = write_report([write_stage(tmp_path / "run", ppo_metrics())])
+    attack = "<h1><script>parent.hacked = 1</script><img src=x onerror='parent.hacked = 1'>"
+    page.write_text(page.read_text().replace("<h1>", attack, 1))
+    told, messages, _ = browse(tmp_path, page, [800])
+    assert told["hacked"] == 0
+    assert told["frames"][0][1] >= 4
+    assert messages.count("Content Security Policy") >= 2
 
 
 def test_the_page_without_plotly_has_images(tmp_path, monkeypatch):
