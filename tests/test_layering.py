@@ -26,7 +26,7 @@ HOMES = {
     "peft": {"model/adapters.py"},
     "bitsandbytes": {"model/quantization.py"},
     "lightning.pytorch.cli": {"cli/lightning.py"},
-    "matplotlib": {"report/plots.py"},
+    "matplotlib": {"report/drawing.py"},
     "plotly": {"report/page.py"},
     "rich": {"report/report.py", "evaluation/command.py"},
     "openai": {"evaluation/endpoint.py"},

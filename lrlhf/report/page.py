@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from lrlhf.report import BEFORE
-from lrlhf.report.plots import Plot, image, interactive
+from lrlhf.report.drawing import image, interactive
+from lrlhf.report.plots import Plot
 from lrlhf.report.runs import Run, differences
 from lrlhf.report.tables import (
     CAVEAT,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from lrlhf.cli.messages import CommandParser
 from lrlhf.errors import UserError
+from lrlhf.report.drawing import image
 from lrlhf.report.page import render_page
-from lrlhf.report.plots import image, make_plots
+from lrlhf.report.plots import make_plots
 from lrlhf.report.runs import Run, read_runs
 from lrlhf.report.tables import (
     CAVEAT,

@@ -139,12 +139,19 @@ def _comparison(run: Path) -> dict[str, Any] | None:
     comparison = _json(path)
     if not isinstance(comparison, dict) or not isinstance(comparison.get("rows"), list):
         raise UserError(f"report: {path} has no list named rows; run lrlhf align again.")
-    for number, row in enumerate(comparison["rows"]):
-        if not (isinstance(row, dict) and {"instruction", "before", "after"} <= row.keys()):
-            raise UserError(
-                f"report: row {number} of {path} lacks instruction, before or after; run lrlhf align again."
-            )
+    if bad := [number for number, row in enumerate(comparison["rows"]) if not _is_row(row)]:
+        raise UserError(
+            f"report: row {bad[0]} of {path} is no prompt answered before and after; run lrlhf align again."
+        )
     return comparison
+
+
+def _is_row(row: Any) -> bool:
+    needed = {"response", "learned", "length", "ended"}
+    sides = (
+        [row.get(side) for side in ("before", "after")] if isinstance(row, dict) and "instruction" in row else [None]
+    )
+    return all(isinstance(side, dict) and needed <= side.keys() for side in sides)
 
 
 def _evaluations(folders: Sequence[Path]) -> list[dict[str, Any]]:

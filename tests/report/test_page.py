@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from lrlhf.errors import UserError
-from lrlhf.report.plots import image, interactive, make_plots
+from lrlhf.report.drawing import image, interactive
+from lrlhf.report.plots import make_plots
 from lrlhf.report.report import main, write_report
 from lrlhf.report.runs import Run, differences, read_run, read_runs
 from lrlhf.report.verdict import over_optimisation, verdicts
@@ -142,10 +143,12 @@ def test_a_result_of_another_shape_is_one_sentence(tmp_path, changes):
         write_report([tmp_path])
 
 
-@pytest.mark.parametrize("row", [1, {"instruction": "x", "before": {}}])
+@pytest.mark.parametrize(
+    "row", [1, {"instruction": "x"}, {"instruction": "x", "before": {}, "after": {"response": ""}}]
+)
 def test_a_row_of_another_shape_is_one_sentence(tmp_path, row):
     (tmp_path / "comparison.json").write_text(json.dumps({"rows": [row]}))
-    with pytest.raises(UserError, match="row 0 of .* lacks instruction, before or after"):
+    with pytest.raises(UserError, match="row 0 of .* is no prompt answered before and after"):
         write_report([tmp_path])
 
 
