@@ -68,7 +68,8 @@ def make_plots(runs: Sequence[Run]) -> list[Plot]:
     )
     plots = [frontier_plot(runs), *(win_rate_plot(runs, judge) for judge in judges)]
     plots += [metric_plot(runs, *line) for line in PLOTS]
-    plots += [plot for i, run in enumerate(runs) for plot in evaluation_plots(run, f"{i}_" if len(runs) > 1 else "")]
+    for i, run in enumerate(runs):
+        plots += evaluation_plots(run, *((f"{i}_", f": {run.name}") if len(runs) > 1 else ("", "")))
     return [plot for plot in plots if plot.curves]
 
 
@@ -125,19 +126,27 @@ def frontier_plot(runs: Sequence[Run]) -> Plot:
     )
 
 
-def evaluation_plots(run: Run, prefix: str) -> Iterable[Plot]:
-    """Reliability and length, of reward models that were evaluated."""
+def evaluation_plots(run: Run, prefix: str, whose: str) -> Iterable[Plot]:
+    """Reliability and length, of reward models that were evaluated.
+
+    Args:
+        run: whose evaluations these are.
+        prefix: of the number in a file's name.
+        whose: end of a title.
+    """
     for number, result in enumerate(run.evaluations):
         found, end = result.get("plots") or {}, f"{prefix}{number}"
         if bins := found.get("reliability"):
             hover = [f"{n} pairs" for n in bins["n"]]
             curve = Curve("reward model", bins["confidence"], bins["accuracy"], COLORS[0], "line", None, hover)
             hint = "On the dotted line the reward model is as often right as it says; below, it is too sure of itself."
-            yield Plot(f"reliability_{end}", "Reliability", "confidence", "accuracy", hint, [curve], diagonal=True)
+            yield Plot(
+                f"reliability_{end}", f"Reliability{whose}", "confidence", "accuracy", hint, [curve], diagonal=True
+            )
         if points := found.get("score_against_length"):
             curve = Curve("response", points["length"], points["score"], COLORS[0], "points")
             hint = "A cloud that climbs to the right: the reward model pays for words."
-            yield Plot(f"score_length_{end}", "Score against length", "characters", "score", hint, [curve])
+            yield Plot(f"score_length_{end}", f"Score against length{whose}", "characters", "score", hint, [curve])
 
 
 def penalised_divergence(config: dict[str, Any], logged: Curves) -> str | None:

@@ -237,6 +237,14 @@ def test_without_a_judge_it_cannot_be_told_unless_gold_fell():
 # Plots for browsers
 
 
+def test_plots_of_evaluations_name_their_run_where_there_are_several(tmp_path):
+    for name in ("one", "two"):
+        write_evaluation(tmp_path / name, plots={"score_against_length": {"length": [1, 2], "score": [0, 1]}})
+    runs = read_runs([str(tmp_path / name) for name in ("one", "two")])
+    assert [p.title for p in make_plots(runs)] == ["Score against length: one", "Score against length: two"]
+    assert [p.title for p in make_plots(runs[:1])] == ["Score against length"]
+
+
 def test_a_figure_is_json_without_nan_and_has_its_band(tmp_path):
     metrics = ppo_metrics()
     metrics["train/score"][3] = math.nan
