@@ -100,7 +100,7 @@ def describe(pairs: pd.DataFrame) -> dict[str, Any]:
         Line("accuracy minus the longer wins, paired", _mean(right - longer, each), "+.1%"),
         Line("accuracy on pairs alike in length", _share(right[matched]), ".1%"),
         Line("margin, chosen minus rejected", _mean(difference, each)),
-        Line("expected calibration error", bootstrap_interval(lambda rows: calibration_error(difference[rows]), each)),
+        Line("expected calibration error", Estimate(calibration_error(difference), n=len(pairs))),
         Line("score and length, rank correlation", _correlation(scores, lengths, np.tile(each, 2)), "+.2f"),
         Line("their differences, rank correlation", _correlation(difference, length_difference, each), "+.2f"),
     ]
@@ -149,7 +149,8 @@ def alike(pairs: pd.DataFrame) -> np.ndarray:
 def calibration_error(difference: np.ndarray) -> float:
     """Expected calibration error of P(chosen preferred) = sigmoid(difference): Naeini et al. (2015), bins of 0.1.
 
-    Every pair counts in both orders, so that neither answer is always right.
+    Every pair counts in both orders, so that neither answer is always right. No bootstrap interval: drawing pairs
+    anew raises the error, so that such an interval excludes small errors that are there.
 
     Args:
         difference: [N], score of the chosen minus score of the rejected.

@@ -69,14 +69,14 @@ def test_a_calibrated_reward_model_has_no_calibration_error_and_an_overconfident
 
 
 def test_calibration_error_by_hand():
-    """Confidences 0.6 (right), 0.6 (wrong), 0.9 (right): bins 0.6 to 0.8 and 0.8 to 1 in both orders alike."""
+    """At 0.65 one is right and one wrong; at 0.75 and 0.92, in bins of their own, one is right; a tie is half right."""
     logit = lambda p: np.log(p / (1 - p))  # noqa: E731
-    difference = np.array([logit(0.65), -logit(0.65), logit(0.9)])
-    assert calibration_error(difference) == pytest.approx(2 / 3 * abs(0.65 - 0.5) + 1 / 3 * abs(0.9 - 1))
+    difference = np.array([logit(0.65), -logit(0.65), logit(0.75), logit(0.92), 0.0])
+    assert calibration_error(difference) == pytest.approx((2 * (0.65 - 0.5) + (1 - 0.75) + (1 - 0.92)) / 5)
     bins = reliability(difference)
-    assert bins["n"] == [2, 1]
-    assert bins["confidence"] == pytest.approx([0.65, 0.9])
-    assert bins["accuracy"] == [0.5, 1.0]
+    assert bins["n"] == [1, 2, 1, 1]
+    assert bins["confidence"] == pytest.approx([0.5, 0.65, 0.75, 0.92])
+    assert bins["accuracy"] == [0.5, 0.5, 1.0, 1.0]
 
 
 def test_notes_say_whether_it_beats_length():
@@ -92,6 +92,7 @@ def test_notes_say_whether_it_beats_length():
 def test_intervals_but_those_of_shares_draw_whole_prompts():
     found = {label: estimate.n for label, estimate in lines(HAND).items() if ": " not in label}
     shares = {"accuracy (ties half)": 4, "the longer wins (characters)": 4, "accuracy on pairs alike in length": 2}
+    shares["expected calibration error"] = 4
     assert found == dict.fromkeys(found, 3) | shares
 
 
