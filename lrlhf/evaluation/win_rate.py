@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lrlhf.errors import UserError
-from lrlhf.evaluation.estimates import Estimate, Line, bootstrap_draws, bootstrap_interval, percentiles
+from lrlhf.evaluation.estimates import Estimate, Line, bootstrap_draws, bootstrap_interval, percentiles, wilson_interval
 from lrlhf.evaluation.pairs import Annotation
 
 FOLDS = 5
@@ -80,10 +80,10 @@ class WinRate(Metric):
         n = len(preference)
         spread = float(preference.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
         return {
-            "win_rate": bootstrap_interval(lambda rows: float((preference[rows] - 1).mean()), prompt),
-            "discrete_win_rate": bootstrap_interval(lambda rows: float(discrete(preference[rows]).mean()), prompt),
+            "win_rate": _share(preference - 1, prompt),
+            "discrete_win_rate": _share(discrete(preference), prompt),
             "length_controlled_win_rate": length_controlled_win_rate(preference, first, second, prompt),
-            "swap_consistency": bootstrap_interval(lambda rows: float(kept[rows].mean()), every["prompt"][both]),
+            "swap_consistency": _share(kept, every["prompt"][both]),
             "standard_error": Estimate(spread, n=n),
             "reference_length": bootstrap_interval(lambda rows: float(first[rows].mean()), prompt),
             "model_length": bootstrap_interval(lambda rows: float(second[rows].mean()), prompt),
@@ -251,6 +251,15 @@ def win_rate_lines(found: Mapping[str, Estimate]) -> list[Line]:
     left_out = ["discrete_win_rate"] * same + ["judged"] * (found["judged"].value == 1)
     shown = (name for name in labels if name not in left_out and not math.isnan(found[name].value))
     return [Line(labels[name][0], found[name], labels[name][1]) for name in shown]
+
+
+def _share(values: np.ndarray, prompts: np.ndarray) -> Estimate:
+    """The mean of values [N] in [0, 1], with a bootstrap over prompts; Wilson's interval where all are equal.
+
+    Drawing equal values anew says nothing of how far another choice of prompts would move their mean.
+    """
+    found = bootstrap_interval(lambda rows: float(values[rows].mean()), prompts)
+    return wilson_interval(found.value, found.n) if found.low == found.high else found
 
 
 def _tensor(values: Sequence[float | None]) -> Tensor:

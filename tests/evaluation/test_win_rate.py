@@ -56,6 +56,13 @@ def test_swap_consistency_counts_pairs_whose_winner_stays():
     assert found["swap_consistency"].n == 4
 
 
+def test_twenty_wins_of_twenty_leave_room_for_a_loss():
+    found = measure(annotations([2] * 20))["win_rate"]
+    wilson = stats.binomtest(20, 20).proportion_ci(0.95, method="wilson")
+    assert (found.low, found.high) == pytest.approx((wilson.low, 1.0))
+    assert math.isnan(measure(annotations([2]))["win_rate"].low)
+
+
 def test_nothing_judged_gives_nan_and_no_crash():
     found = measure(annotations([None, None]))
     assert math.isnan(found["win_rate"].value)
