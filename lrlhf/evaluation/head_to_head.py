@@ -160,7 +160,7 @@ def summary(annotations: Sequence[Annotation], notes: Sequence[str] = ()) -> dic
         notes: the judge's.
     """
     found, first = measure(annotations), annotations[0]
-    said = [*_verdict(found), *_unanswered(annotations)]
+    said = [*_verdict(found, first), *_unanswered(annotations)]
     places = dict.fromkeys(round(i * (len(annotations) - 1) / 4) for i in range(5))
     samples = [vars(annotations[i]) | {"word": annotations[i].word} for i in places]
     return {
@@ -172,7 +172,7 @@ def summary(annotations: Sequence[Annotation], notes: Sequence[str] = ()) -> dic
     }
 
 
-def _verdict(found: Mapping[str, Estimate]) -> list[str]:
+def _verdict(found: Mapping[str, Estimate], first: Annotation) -> list[str]:
     """Who is preferred, if this can be told, and whether length alone may explain it."""
     rate, controlled, consistency = (
         found[name] for name in ("win_rate", "length_controlled_win_rate", "swap_consistency")
@@ -187,7 +187,7 @@ def _verdict(found: Mapping[str, Estimate]) -> list[str]:
         return ["Too few judged pairs to say which is better."]
     if rate.low <= 0.5 <= rate.high:
         return [f"No difference is shown: the interval of the win rate includes 50 % ({told})."]
-    said = [f"The {'model' if rate.value > 0.5 else 'reference'} is preferred ({told})."]
+    said = [f"{first.generator_2 if rate.value > 0.5 else first.generator_1} is preferred ({told})."]
     if controlled.low <= 0.5 <= controlled.high:
         interval = f"{controlled.value:.1%}, {controlled.low:.1%} to {controlled.high:.1%}"
         said.append(f"At equal lengths no difference is shown (length-controlled {interval}): it may be length.")

@@ -202,8 +202,8 @@ def test_a_judge_that_changes_its_word_with_the_order_gets_no_verdict():
 
 
 def test_the_better_system_is_named():
-    assert summary(judged([2] * 30 + [1] * 2))["notes"][0].startswith("The model is preferred (93.8%")
-    assert summary(judged([1] * 30 + [2] * 2))["notes"][0].startswith("The reference is preferred")
+    assert summary(judged([2] * 30 + [1] * 2))["notes"][0].startswith("m is preferred (93.8%")
+    assert summary(judged([1] * 30 + [2] * 2))["notes"][0].startswith("r is preferred")
 
 
 def test_a_win_that_length_explains_is_said_to_be_one():
@@ -216,7 +216,7 @@ def test_a_win_that_length_explains_is_said_to_be_one():
         for i, (d, p) in enumerate(zip(difference, preference, strict=True))
     ]
     notes = summary(rows)["notes"]
-    assert notes[0].startswith("The model is preferred")
+    assert notes[0].startswith("m is preferred")
     assert notes[1].startswith("At equal lengths no difference is shown")
     always = [Annotation(f"p{i}", "x" * 50, "y" * (40 + i), "r", "m", preference=2.0) for i in range(60)]
     assert len(summary(always)["notes"]) == 1
