@@ -127,4 +127,5 @@ def test_a_command_that_is_shown_runs_as_shown(line, checkout, monkeypatch):
             Path(f"{name}.json").write_text('[{"instruction": "a", "output_1": "b", "output_2": "c"}]')
         assert isinstance(evaluate.parse(arguments)[0], evaluation.Evaluation)
     else:
-        assert (command, len(arguments)) == ("report", 1)
+        assert command == "report"
+        assert arguments

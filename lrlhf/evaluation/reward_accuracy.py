@@ -155,7 +155,7 @@ def calibration_error(difference: np.ndarray) -> float:
     Args:
         difference: [N], score of the chosen minus score of the rejected.
     """
-    p = torch.sigmoid(torch.as_tensor(difference, dtype=torch.float64))
+    p = torch.sigmoid(torch.tensor(difference, dtype=torch.float64))
     labels = torch.cat([torch.ones_like(p), torch.zeros_like(p)]).long()
     return float(binary_calibration_error(torch.cat([p, 1 - p]), labels, n_bins=2 * BINS))
 

@@ -77,7 +77,9 @@ def read_run(folder: Path, name: str) -> Run:
     curves = {stage: read_curves(path / "metrics.csv") for stage, path in stages.items()}
     comparison, evaluations = _comparison(folder), _evaluations([folder, *stages.values()])
     if not comparison and not evaluations and not any(curves.values()):
-        raise UserError(f"report: {folder} holds no metrics.csv, no comparison.json and no evaluation; is it a run?")
+        raise UserError(
+            f"report: {folder} holds no metrics.csv, no comparison.json and no evaluation; give the folder of a run."
+        )
     return Run(
         folder,
         name,

