@@ -78,8 +78,8 @@ def read_run(folder: Path, name: str) -> Run:
     comparison, evaluations = _comparison(folder), _evaluations([folder, *stages.values()])
     if not comparison and not evaluations and not any(curves.values()):
         raise UserError(
-            f"report: {folder} holds no metrics.csv, no comparison.json and no evaluation; give a folder of lrlhf align "
-            "or of one stage."
+            f"report: {folder} holds no metrics.csv, no comparison.json and no evaluation; give a folder of lrlhf "
+            "align, or of one stage."
         )
     return Run(
         folder,
