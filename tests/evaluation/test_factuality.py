@@ -117,6 +117,12 @@ def test_sentence_support_wants_the_words_close_together():
     assert WordRecall().support([Claim("", "painted boats", far)]) == [1.0]
 
 
+def test_two_neighbouring_sentences_support_a_fact_together_and_three_do_not():
+    passage = ("She painted often. Boats were many. Others sold fish.",)
+    claims = [Claim("Ada", "Ada painted boats", passage), Claim("Ada", "Ada painted fish", passage)]
+    assert SentenceSupport().support(claims) == [pytest.approx(1.0), pytest.approx(0.5)]
+
+
 def test_sentence_support_by_hand():
     """Two sentences; df(red) = 2, df(ball) = 1; the fact's third word is nowhere."""
     sentences = ("A red ball. A red house.",)
