@@ -73,6 +73,11 @@ def bootstrap_interval(
     )
 
 
+def clustered_mean(values: np.ndarray, clusters: Sequence[Any] | np.ndarray) -> Estimate:
+    """The mean of values [N] with `bootstrap_interval`, by the cluster of each."""
+    return bootstrap_interval(lambda rows: float(values[rows].mean()), clusters)
+
+
 def percentiles(value: float, draws: np.ndarray, n: int) -> Estimate:
     """A number with the middle 95 % of its bootstrap draws; without bounds for one cluster, or without finite draws."""
     finite = draws[np.isfinite(draws)]

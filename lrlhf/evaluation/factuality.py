@@ -9,6 +9,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lrlhf.config import check_ranges
 from lrlhf.datamodules.containers import BadRow, read_records
 from lrlhf.errors import UserError
-from lrlhf.evaluation.estimates import Estimate, Line, bootstrap_interval
+from lrlhf.evaluation.estimates import Estimate, Line, clustered_mean
 from lrlhf.evaluation.evaluation import Evaluation
 from lrlhf.evaluation.knowledge import Knowledge
 from lrlhf.evaluation.language_model import LanguageModel
@@ -181,7 +182,7 @@ class SampleAgreement(Evaluation):
         surprise = [sample_surprise(row["output"], row["samples"]) for row in rows]
         told = [{"topic": row["topic"], "surprise": s} for row, s in zip(rows, surprise, strict=True)]
         (folder / "agreement.json").write_text(json.dumps(told, indent=1) + "\n")
-        line = Line("surprise of a word, nats", _mean(np.array(surprise)))
+        line = Line("surprise of a word, nats", clustered_mean(np.array(surprise), range(len(rows))))
         return {"title": f"Agreement over samples, {self.outputs}", "lines": [line], "notes": ["Lower agrees more."]}
 
 
@@ -230,11 +231,7 @@ def factscore(decisions: Sequence[list[dict[str, Any]] | None], gamma: int) -> d
     precision = np.array([sum(verdicts) / len(verdicts) for verdicts in judged])
     score = precision * np.exp(np.minimum(0, 1 - gamma / np.maximum(count, 1))) if gamma else precision
     columns = {"score": score, "init_score": precision, "respond_ratio": answered, "num_facts_per_response": count}
-    return {name: _mean(values) for name, values in columns.items()}
-
-
-def _mean(values: np.ndarray) -> Estimate:
-    return bootstrap_interval(lambda rows: float(values[rows].mean()), range(len(values)))
+    return {name: clustered_mean(values, range(len(values))) for name, values in columns.items()}
 
 
 def sample_surprise(response: str, samples: Sequence[str]) -> float:
@@ -245,7 +242,7 @@ def sample_surprise(response: str, samples: Sequence[str]) -> float:
         samples: other responses to the same prompt.
     """
     every = [word for text in (response, *samples) for word in words_of(text)]
-    counts = {word: every.count(word) for word in set(every)}
-    total = sum(counts.values()) + len(counts)
+    counts = Counter(every)
+    total = len(every) + len(counts)
     words = words_of(response)
     return float(np.mean([-math.log((counts[word] + 1) / total) for word in words])) if words else math.nan

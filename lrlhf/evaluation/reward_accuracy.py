@@ -14,7 +14,7 @@ from lrlhf.config import DType, check_ranges
 from lrlhf.datamodules.formats import read_rows
 from lrlhf.datamodules.prompts import Template
 from lrlhf.errors import UserError
-from lrlhf.evaluation.estimates import Estimate, Line, bootstrap_interval, wilson_interval
+from lrlhf.evaluation.estimates import Estimate, Line, bootstrap_interval, clustered_mean, wilson_interval
 from lrlhf.evaluation.evaluation import Evaluation
 from lrlhf.evaluation.system import System
 
@@ -97,9 +97,9 @@ def describe(pairs: pd.DataFrame) -> dict[str, Any]:
     lines = [
         Line("accuracy (ties half)", _share(right), ".1%"),
         Line("the longer wins (characters)", _share(longer), ".1%"),
-        Line("accuracy minus the longer wins, paired", _mean(right - longer, each), "+.1%"),
+        Line("accuracy minus the longer wins, paired", clustered_mean(right - longer, each), "+.1%"),
         Line("accuracy on pairs alike in length", _share(right[matched]), ".1%"),
-        Line("margin, chosen minus rejected", _mean(difference, each)),
+        Line("margin, chosen minus rejected", clustered_mean(difference, each)),
         Line("expected calibration error", Estimate(calibration_error(difference), n=len(pairs))),
         Line("score and length, rank correlation", _correlation(scores, lengths, np.tile(each, 2)), "+.2f"),
         Line("their differences, rank correlation", _correlation(difference, length_difference, each), "+.2f"),
@@ -116,7 +116,10 @@ def describe(pairs: pd.DataFrame) -> dict[str, Any]:
 
 def notes(pairs: pd.DataFrame) -> list[str]:
     """In words: whether it beats length, what chance alone does to its calibration, and what is too little to tell."""
-    gain, matched = _mean(correct(pairs) - longer_wins(pairs), pairs.prompt.to_numpy()), int(alike(pairs).sum())
+    gain, matched = (
+        clustered_mean(correct(pairs) - longer_wins(pairs), pairs.prompt.to_numpy()),
+        int(alike(pairs).sum()),
+    )
     told = "beats" if gain.low > 0 else "loses to" if gain.high < 0 else "is not shown to beat"
     strength = (pairs.chosen - pairs.rejected).abs().to_numpy(float)
     draws = np.random.default_rng(0).random((200, len(pairs))) < 1 / (1 + np.exp(-strength))
@@ -179,10 +182,6 @@ def reliability(difference: np.ndarray) -> dict[str, list[float]]:
 
 def _share(values: np.ndarray) -> Estimate:
     return wilson_interval(float(values.mean()), len(values)) if len(values) else Estimate(np.nan)
-
-
-def _mean(values: np.ndarray, prompts: np.ndarray) -> Estimate:
-    return bootstrap_interval(lambda rows: float(values[rows].mean()), prompts)
 
 
 def _correlation(one: np.ndarray, other: np.ndarray, prompts: np.ndarray) -> Estimate:

@@ -15,7 +15,15 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lrlhf.errors import UserError
-from lrlhf.evaluation.estimates import Estimate, Line, bootstrap_draws, bootstrap_interval, percentiles, wilson_interval
+from lrlhf.evaluation.estimates import (
+    Estimate,
+    Line,
+    bootstrap_draws,
+    bootstrap_interval,
+    clustered_mean,
+    percentiles,
+    wilson_interval,
+)
 from lrlhf.evaluation.pairs import Annotation
 
 FOLDS = 5
@@ -85,8 +93,8 @@ class WinRate(Metric):
             "length_controlled_win_rate": length_controlled_win_rate(preference, first, second, prompt),
             "swap_consistency": _share(kept, every["prompt"][both]),
             "standard_error": Estimate(spread, n=n),
-            "reference_length": bootstrap_interval(lambda rows: float(first[rows].mean()), prompt),
-            "model_length": bootstrap_interval(lambda rows: float(second[rows].mean()), prompt),
+            "reference_length": clustered_mean(first, prompt),
+            "model_length": clustered_mean(second, prompt),
             "ties": Estimate(float((preference == 1.5).mean()) if n else math.nan, n=n),
             "judged": Estimate(float(judged.mean()) if len(judged) else math.nan, n=len(judged)),
         }
@@ -200,7 +208,7 @@ def paired_difference(one: Sequence[Annotation], other: Sequence[Annotation]) ->
     differences = np.array([second[text] - first[text] for text in first if text in second])
     if not len(differences):
         raise UserError("the two systems have no judged prompt in common; judge them on the same prompts.")
-    return bootstrap_interval(lambda rows: float(differences[rows].mean()), np.arange(len(differences)))
+    return clustered_mean(differences, np.arange(len(differences)))
 
 
 def bradley_terry(games: Sequence[Annotation], resamples: int = 200) -> dict[str, Estimate]:
@@ -258,7 +266,7 @@ def _share(values: np.ndarray, prompts: np.ndarray) -> Estimate:
 
     Drawing equal values anew says nothing of how far another choice of prompts would move their mean.
     """
-    found = bootstrap_interval(lambda rows: float(values[rows].mean()), prompts)
+    found = clustered_mean(values, prompts)
     return wilson_interval(found.value, found.n) if found.low == found.high else found
 
 
