@@ -41,7 +41,7 @@ class WinRateCallback(RolloutCallback):
         self.name = re.sub(r"[^\w.-]+", "_", judge.name) if judge else "score"
         self._validations = 0
         self._rollout: Rollout | None = None
-        self._references: dict[int, tuple[list[str], Tensor]] = {}
+        self._references: dict[int, tuple[list[str], list[float]]] = {}
         self._judged: list[tuple[Pair, float | None]] = []
 
     @property
@@ -82,13 +82,15 @@ class WinRateCallback(RolloutCallback):
         if batch_idx not in self._references:
             with gathered(policy.backbone):
                 ids, mask = policy.sample(batch, "reference", "validate", batch_idx)
-                scores = policy.score(Sequences(batch.prompt_ids, batch.prompt_mask, ids, mask), batch)
+                scores = [math.nan] * len(batch)
+                if self.judge is None:  # else nobody asks for them
+                    scores = policy.score(Sequences(batch.prompt_ids, batch.prompt_mask, ids, mask), batch).tolist()
             self._references[batch_idx] = policy.decode(ids, mask), scores
         before, before_scores = self._references[batch_idx]
         after = policy.decode(rollout.response_ids, rollout.response_mask)
         for i, source in enumerate(batch.sources):
             pair = Pair(source["instruction"], before[i], after[i], "reference", "policy")
-            self._judged.append((pair, higher(float(before_scores[i]), float(rollout.scores[i]))))
+            self._judged.append((pair, higher(before_scores[i], float(rollout.scores[i]))))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge on the first process, and log everywhere."""
