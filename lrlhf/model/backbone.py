@@ -117,7 +117,8 @@ class Backbone(nn.Module):
             role: its name.
             stack: adapters, base side first; the last one trains if the role is trainable.
             trainable: whether the role's last adapter (without LoRA: its model) and head train.
-            head: None, or how a scalar head starts: small random weights (a reward model), or zero (a critic).
+            head: None, or how a scalar head starts: small random weights and no bias, as sequence classifiers of
+                transformers have none (a reward model), or zero with a bias (a critic).
             own_copy: without LoRA, whether a trainable role gets a copy of the base or trains the base itself.
         """
         parameters: list[nn.Parameter] = []
@@ -392,6 +393,8 @@ class Backbone(nn.Module):
         head = nn.Linear(width, 1, dtype=torch.float32, device=next(self.model.parameters()).device)
         nn.init.normal_(head.weight, std=1 / math.sqrt(width + 1) if start == "random" else 0.0)
         nn.init.zeros_(head.bias)
+        if start == "random":
+            head.register_parameter("bias", None)
         return head
 
     def save_role(self, role: str, folder: Path) -> None:
@@ -430,9 +433,10 @@ class Backbone(nn.Module):
             path = folder / "head.safetensors"
             if not path.is_file():
                 raise UserError(f"{folder} holds no head.safetensors: without its head a reward model scores noise.")
-            self.heads[role] = self._new_head("zero")
             try:
-                self.heads[role].load_state_dict(load_file(path))
+                weights = load_file(path)
+                self.heads[role] = self._new_head("zero" if "bias" in weights else "random")
+                self.heads[role].load_state_dict(weights)
             except (SafetensorError, RuntimeError) as error:
                 raise UserError(f"{path} is damaged or of another base; run its stage again.") from error
         self.stacks[role] = stack

@@ -87,7 +87,7 @@ def test_a_fresh_process_scores_bit_for_bit_and_plain_peft_up_to_rounding(traine
         with torch.no_grad():
             trunk = model.base_model.model.model
             last = [trunk(input_ids=torch.tensor([r]), use_cache=False).last_hidden_state[:, -1] for r in rows]
-            peft = [float(torch.nn.functional.linear(h, head["weight"], head["bias"])) for h in last]
+            peft = [float(torch.nn.functional.linear(h, head["weight"])) for h in last]
 
         from lrlhf.model.backbone import Backbone
         from lrlhf.run.handover import Handover

@@ -60,6 +60,6 @@ def test_a_reward_model_with_another_head_is_refused(ready):
 def test_a_parameter_that_trains_in_a_role_that_is_frozen_is_refused(ready):
     module, batch = ready
     head = module.backbone.heads["reward"]
-    module.backbone._trainable["reward"] = [(head, "weight"), (head, "bias")]
+    module.backbone._trainable["reward"] = [(head, "weight")]
     with pytest.raises(UserError, match="train wrongly in the role reward"):
         module.self_check(batch)
