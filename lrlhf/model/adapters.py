@@ -5,17 +5,20 @@ at once by the trainable set of the role (`Backbone.role`).
 """
 
 import re
+import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as FAMILY_TARGETS
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +30,10 @@ from lrlhf.model.architecture import text_config, trunk
 
 PAPER_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 """The attention's projections, as in arXiv 2309.09055."""
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of a peft adapter."""
+PREFIX = "base_model.model."
+"""Before the names of tensors in them."""
 
 
 def peft_config(lora: LoRA, model: Any) -> LoraConfig:
@@ -221,28 +228,23 @@ class Adapters:
         assert self._peft is not None
         self._peft.save_pretrained(str(folder), selected_adapters=list(stack), save_embedding_layers=False)
 
-    def export(self, stack: Sequence[str], folder: Path) -> None:
-        """Write a stack as ONE peft adapter, folder/adapter, of the summed rank, or say that none can hold it.
+    @torch.no_grad()
+    def merge(self, stack: Sequence[str], dtype: torch.dtype) -> None:
+        """Fold a stack into the weights beneath it and remove all adapters: W + (alpha / r) B A for each, summed in fp32.
 
-        DoRA's magnitudes do not concatenate, nor do rank-stabilised scales that differ from layer to layer.
+        Layer by layer in place, so that no second model is held. The stack is active.
 
         Args:
             stack: names of adapters, base side first.
-            folder: in which `adapter` is written.
+            dtype: that the layers with adapters get, in one rounding.
         """
-        model: Any = self._peft
-        configs = [model.peft_config[adapter] for adapter in stack]
-        if any(config.use_dora or (config.use_rslora and config.rank_pattern) for config in configs):
-            rank_zero_info(
-                f"{' and '.join(stack)} are not written as one adapter: DoRA, or use_rslora with rank_pattern"
-            )
-            return
-        weight = sum(config.r for config in configs) ** -0.5 if configs[0].use_rslora else 1.0
-        model.base_model.add_weighted_adapter(list(stack), [weight] * len(stack), "adapter", combination_type="cat")
-        try:
-            model.save_pretrained(str(folder), selected_adapters=["adapter"], save_embedding_layers=False)
-        finally:
-            model.delete_adapter("adapter")
+        peft: Any = self._peft
+        for layer in [module for module in self.model.modules() if isinstance(module, LoraLayer)]:
+            base: Any = layer.get_base_layer().to(torch.float32)
+            base.weight.data = _merged_weight(layer, base, stack)
+            base.to(dtype)
+        peft.base_model.unload()
+        self._peft = None
 
     def _wrap(self, peft: PeftModel) -> None:
         self._peft = peft
@@ -267,3 +269,72 @@ class Adapters:
             known = ", ".join(sorted(_leaves(_linear_layers(self.model))))
             raise UserError(f"lora.targets: no layer is called {target}; there are {known}.")
         return ", ".join(f"{target} ({count})" for target, count in counts.items())
+
+
+def _merged_weight(layer: Any, base: Any, stack: Sequence[str]) -> Tensor:
+    """The weight, fp32 and in the base's own orientation, that does what a layer with adapters does."""
+    names = [name for name in stack if name in layer.lora_A]
+    if not any(name in layer.lora_variant for name in names):
+        return sum((layer.get_delta_weight(name) for name in names), start=base.weight)
+    one_hot = torch.eye(layer.in_features, device=base.weight.device)
+    columns = layer(one_hot) - layer(torch.zeros_like(one_hot[:1]))  # DoRA is no sum, but linear in its input
+    return columns if isinstance(base, Conv1D) else columns.T.contiguous()
+
+
+def concatenate(folders: Sequence[Path], to: Path) -> None:
+    """Write a stack of peft adapters as ONE, whose rank is the sum of theirs, for tools that take a single adapter.
+
+    [B1 B2] [A1; A2] x = B1 A1 x + B2 A2 x; each alpha / r (or alpha / sqrt(r)) is multiplied into its B.
+
+    Args:
+        folders: of the adapters, base side first; one alone is copied as it is.
+        to: folder to write.
+
+    Raises:
+        UserError: an adapter of a kind that does not concatenate, such as DoRA.
+    """
+    if len(folders) == 1:
+        to.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG, WEIGHTS):
+            shutil.copy(folders[0] / name, to / name)
+        return
+    configs = [LoraConfig.from_pretrained(str(folder)) for folder in folders]
+    adapters = [_factors(load_file(folder / WEIGHTS), config) for folder, config in zip(folders, configs, strict=True)]
+    if None in adapters:
+        raise UserError(
+            f"{' and '.join(folder.name for folder in folders)} cannot be written as one adapter: DoRA's magnitudes do "
+            "not add up; --format merged folds them into the base."
+        )
+    factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for adapter in adapters:
+        for layer, pair in (adapter or {}).items():
+            factors.setdefault(layer, []).append(pair)
+    tensors = {}
+    for layer, pairs in factors.items():
+        tensors[f"{PREFIX}{layer}.lora_A.weight"] = torch.cat([down for down, _ in pairs])
+        tensors[f"{PREFIX}{layer}.lora_B.weight"] = torch.cat([up for _, up in pairs], dim=1)
+    ranks = {layer: sum(len(down) for down, _ in pairs) for layer, pairs in factors.items()}
+    rank = max(ranks.values())
+    others = {layer: r for layer, r in ranks.items() if r != rank}
+    config = replace(
+        configs[0], r=rank, lora_alpha=rank, use_rslora=False, rank_pattern=others, alpha_pattern=dict(others)
+    )
+    where = ("target_modules", "layers_to_transform", "layers_pattern", "exclude_modules")
+    if any(getattr(other, name) != getattr(config, name) for other in configs for name in where):
+        config = replace(config, **dict.fromkeys(where[1:]), target_modules=sorted(factors))
+    to.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(to))
+    save_file(tensors, to / WEIGHTS, metadata={"format": "pt"})
+
+
+def _factors(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """A [R, I] and scaled B [O, R] by layer, both fp32; None where an adapter is more than that."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, down in tensors.items():
+        layer, _, kind = name.removeprefix(PREFIX).partition(".lora_")
+        up = tensors.get(f"{PREFIX}{layer}.lora_B.weight")
+        if kind == "A.weight" and up is not None:
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+            scale = alpha / (len(down) ** 0.5 if config.use_rslora else len(down))
+            found[layer] = down.float(), up.float() * scale
+    return found if 2 * len(found) == len(tensors) else None

@@ -442,15 +442,22 @@ class Backbone(nn.Module):
         self.stacks[role] = stack
         self._activate(self._role)
 
-    def export_adapter(self, role: str, folder: Path) -> None:
-        """Write the stack of a role as ONE peft adapter, folder/adapter, of rank the sum of the stack's ranks.
+    @torch.no_grad()
+    def merge(self, role: str, dtype: torch.dtype | None = None) -> Any:
+        """A role as a plain model of transformers, its adapters folded into its weights; the backbone is used up by it.
 
         Args:
-            role: with a stack of adapters.
-            folder: in which `adapter` is written.
+            role: without its head.
+            dtype: of the layers that had adapters; None leaves them in that of the base.
         """
-        self._adapters.export(self.stacks[role], folder)
-        self._activate(self._role)
+        if role in self.copies or not self.stacks[role]:
+            return self.copies[role] if role in self.copies else self.model
+        own = self.model.dtype
+        if getattr(self.model, "is_quantized", False):
+            self.model.dequantize(own)
+        with self.role(role):
+            self._adapters.merge(self.stacks[role], dtype or own)
+        return self.model
 
 
 def _states_by_length(decoder: Any, ids: Tensor, mask: Tensor) -> Tensor:

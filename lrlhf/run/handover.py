@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lrlhf.errors import UserError
+from lrlhf.model.adapters import concatenate
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.pretrained import fingerprint_tokenizer
 from lrlhf.types import Sequences
@@ -93,8 +95,8 @@ class Handover:
                 tokenizer.save_pretrained(scratch / "model")
             stack = backbone.stacks[role]
             if role == "policy" and stack:
-                backbone.export_adapter(role, scratch)
-                (scratch / "README.md").unlink(missing_ok=True)
+                _write_as_one(stack, scratch)
+            (scratch / "README.md").unlink(missing_ok=True)
             handover = cls(
                 folder=folder,
                 role=role,
@@ -166,6 +168,13 @@ def score_probe(backbone: Backbone, role: str, tokenizer: Any) -> float:
     mask = torch.ones_like(ids, dtype=torch.bool)
     with backbone.role(role):
         return float(backbone.scores(Sequences(ids[:, :1], mask[:, :1], ids[:, 1:], mask[:, 1:])))
+
+
+def _write_as_one(stack: tuple[str, ...], folder: Path) -> None:
+    try:
+        concatenate([folder / adapter for adapter in stack], folder / "adapter")
+    except UserError as error:
+        rank_zero_info(str(error))
 
 
 def _digest(folder: Path) -> str:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from lrlhf import PPOPolicy, UserError
 from lrlhf.config import LORA_OPTIONS, LoRA
 from lrlhf.functional import exact_kl
+from lrlhf.model.adapters import concatenate
 from lrlhf.model.backbone import Backbone
 from tests.families import build, rows
 from tests.modules.helpers import count_vowels
@@ -32,7 +33,6 @@ CARRIED = {
     "alpha_pattern": [{"alpha_pattern": {"v_proj": 9}}],
     "exclude_modules": [{"exclude_modules": ["layers.0.self_attn.k_proj"]}],
 }
-NO_SINGLE_ADAPTER = [{"use_dora": True}, {"rank_pattern": {"q_proj": 4}, "use_rslora": True}]
 
 
 def test_every_field_of_peft_is_carried_or_refused():
@@ -90,11 +90,20 @@ def test_a_carried_field_is_the_same_in_divergences_hand_over_and_export(tiny_ll
         loaded = again.encode(text)
     with backbone.role("policy"), torch.no_grad():
         assert torch.equal(loaded, backbone.encode(text))
-    backbone.export_adapter("policy", tmp_path)
-    assert (tmp_path / "adapter").is_dir() == (options not in NO_SINGLE_ADAPTER)
-    if options not in NO_SINGLE_ADAPTER:
+    stack = [tmp_path / "sft", tmp_path / "policy"]
+    if options.get("use_dora"):
+        with pytest.raises(UserError, match="sft and policy cannot be written as one adapter: DoRA's"):
+            concatenate(stack, tmp_path / "adapter")
+    else:
+        concatenate(stack, tmp_path / "adapter")
         for one, several in zip(plain("adapter"), policy, strict=True):
             torch.testing.assert_close(one, several, atol=2e-4, rtol=1e-4)
+    with backbone.role("policy"):
+        before = backbone.plain_logits(torch.arange(12))
+    merged = backbone.merge("policy")
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=torch.arange(12)[None]).logits[0], before, atol=1e-4, rtol=1e-4)
 
 
 # Targets
