@@ -1,4 +1,4 @@
-"""The command line: lrlhf fit | validate | test | predict | align | evaluate | report | plan | verify-resume."""
+"""The command line: lrlhf fit | validate | test | predict | align | evaluate | export | report | plan | ..."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +14,8 @@ USAGE = """usage: lrlhf COMMAND [options]
   predict    write responses in AlpacaEval format, or the scores of a reward model
   align      SFT, reward model and PPO, one after the other: lrlhf align --config configs/demo/align.yaml
   evaluate   win rates, factual precision and more: lrlhf evaluate --config configs/evaluate/reward_model.yaml
+  export     a peft adapter, a merged model, a GGUF file, a reward model of transformers, with a model card:
+             lrlhf export runs/ppo --to exports/policy
   plan       the memory that a run needs, before it runs: lrlhf plan --config configs/demo/sft.yaml
   verify-resume   prove on your config that a killed run ends like an uninterrupted one
   report     tables, plots and one HTML page of runs, side by side: lrlhf report runs/demo
@@ -59,6 +61,10 @@ def command(name: str) -> Callable[[list[str]], object]:
         from lrlhf.evaluation.command import main as evaluate
 
         return evaluate
+    if name == "export":
+        from lrlhf.export.command import main as export
+
+        return export
     if name == "report":
         from lrlhf.report.report import main as report
 

