@@ -84,7 +84,7 @@ def export(
         )
     if push_to_hub:
         check_token(push_to_hub)
-    system = System(source, dtype=None if dtype == "q8_0" else dtype)
+    system = System(source)
     if system.quantize and form != "adapter" and not dequantize:
         raise UserError(
             f"{source} was trained on a base in {system.quantize.kind}, into which nothing is merged; --dequantize "
@@ -95,8 +95,7 @@ def export(
     with written_whole(folder) as scratch:
         notes = save_tokenizer(system, scratch, reward=form == "reward")
         stored = "float32" if form == "adapter" else dtype or system.dtype
-        more = (stored,) if form == "gguf" else ()
-        notes.append(FORMATS[form](system, scratch, *more))
+        notes.append(FORMATS[form](system, scratch, stored))
         (scratch / "README.md").unlink(missing_ok=True)
         write_card(system, scratch, folder, form, dtype=stored, licence=licence, notes=notes)
         if form == "adapter":

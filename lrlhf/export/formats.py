@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrlhf.config import DType
 from lrlhf.errors import UserError
 from lrlhf.evaluation.system import System
 from lrlhf.export.gguf_file import write_gguf
@@ -25,12 +24,13 @@ SHARD = "5GB"
 """Of weights in one file at most."""
 
 
-def write_adapter(system: System, folder: Path) -> str:
+def write_adapter(system: System, folder: Path, dtype: str) -> str:
     """The role's stack as ONE plain peft adapter, of the summed rank.
 
     Args:
         system: that was trained.
         folder: to write into.
+        dtype: float32, in which adapters train.
 
     Returns:
         A sentence on what was checked.
@@ -47,12 +47,12 @@ def write_adapter(system: System, folder: Path) -> str:
         expected = backbone.plain_logits(ids)
     backbone.load_role("exported", ("exported",), folder, head=False)
     with backbone.role("exported"):
-        return _compare(system, expected, backbone.plain_logits(ids), "one adapter")
+        return _compare(system, expected, backbone.plain_logits(ids), "one adapter", system.dtype)
 
 
-def write_merged(system: System, folder: Path) -> str:
+def write_merged(system: System, folder: Path, dtype: str) -> str:
     """The role as a plain model of transformers, in safetensors of at most 5 GB; arguments and errors as above."""
-    model, checked = _merge(system)
+    model, checked = _merge(system, dtype)
     model.save_pretrained(folder, max_shard_size=SHARD)
     return checked
 
@@ -67,31 +67,31 @@ def write_gguf_model(system: System, folder: Path, dtype: str) -> str:
     """
     _trained(system, head=False)
     write_gguf(system.backbone.model.config, None, system, folder / "model.gguf", dtype)  # refuses before it merges
-    model, checked = _merge(system)
+    model, checked = _merge(system, system.dtype if dtype == "q8_0" else dtype)
     write_gguf(model.config, model.state_dict(), system, folder / "model.gguf", dtype)
     write_modelfile(system, folder)
     return checked
 
 
-def write_reward(system: System, folder: Path) -> str:
+def write_reward(system: System, folder: Path, dtype: str) -> str:
     """The reward model as AutoModelForSequenceClassification with one label, read at the last token.
 
     Sequence classifiers of transformers find the last token by the padding token, so that token is made one that ends
     no response.
     """
-    handover = _trained(system, head=True)
-    head, dtype = system.backbone.heads[system.role_name], system.backbone.model.dtype
+    _trained(system, head=True)
+    head, kind = system.backbone.heads[system.role_name], getattr(torch, dtype)
     if getattr(head, "bias", None) is not None and float(head.bias) != 0:
         raise UserError(
             f"{system.source} has a head with a bias ({float(head.bias):.3g}), which no sequence classifier of "
             "transformers has; train the reward model again: heads have none any more."
         )
     expected = score_probe(system.backbone, system.role_name, system.tokenizer)
-    model = as_classifier(system.backbone.merge(system.role_name), head.weight.to(dtype), _pad_token(system))
+    model = as_classifier(system.backbone.merge(system.role_name, kind), head.weight.to(kind), _pad_token(system))
     ids = torch.tensor([system.tokenizer(PROBE)["input_ids"]], device=model.device)
     with torch.no_grad():
         score = float(model(input_ids=ids).logits)
-    _refuse(system, abs(score - expected) / max(1.0, abs(expected)), "the score", handover.dtype)
+    _refuse(system, abs(score - expected) / max(1.0, abs(expected)), "the score", dtype)
     model.save_pretrained(folder, max_shard_size=SHARD)
     return f"The probe text scores {score:.6g} here and {expected:.6g} in the run."
 
@@ -131,21 +131,22 @@ def generation_config(system: System) -> Any:
         top_k=sampling.top_k if sampling.temperature else None,
         top_p=sampling.top_p if sampling.temperature else None,
     )
+    config._from_model_config = False
     return config
 
 
-def _merge(system: System) -> tuple[Any, str]:
+def _merge(system: System, dtype: str) -> tuple[Any, str]:
     """The plain model, and what was checked."""
     _trained(system, head=False)
     backbone, ids = system.backbone, _probe(system)
     with backbone.role(system.role_name):
         expected = backbone.plain_logits(ids)
     generation = generation_config(system)
-    model = backbone.merge(system.role_name)
+    model = backbone.merge(system.role_name, getattr(torch, dtype))
     model.generation_config = generation
     with torch.no_grad():
         found = model(input_ids=ids[None], use_cache=False).logits[0]
-    return model, _compare(system, expected, found, "a merged model")
+    return model, _compare(system, expected, found, "a merged model", dtype)
 
 
 def _trained(system: System, *, head: bool) -> Any:
@@ -164,15 +165,15 @@ def _probe(system: System) -> Tensor:
     return torch.tensor(system.tokenizer(PROBE)["input_ids"], device=system.device)
 
 
-def _compare(system: System, expected: Tensor, found: Tensor, what: str) -> str:
+def _compare(system: System, expected: Tensor, found: Tensor, what: str, dtype: str) -> str:
     """How far log-probs lie from the role's, in nats, on average over the tokens and what follows them."""
     before, after = (logits.float().log_softmax(-1) for logits in (expected, found))
     off = float((before.exp() * (before - after).abs()).sum(-1).mean())
-    _refuse(system, off, "log-probs", system.dtype)
+    _refuse(system, off, "log-probs", dtype)
     return f"As {what} its log-probs are {off:.2g} nats a token from those of the run, on a fixed text."
 
 
-def _refuse(system: System, off: float, what: str, dtype: DType) -> None:
+def _refuse(system: System, off: float, what: str, dtype: str) -> None:
     allowed = max(rounding(name, system.quantize) for name in (dtype, system.dtype))
     if not off <= allowed:
         raise UserError(

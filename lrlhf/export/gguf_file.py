@@ -74,8 +74,9 @@ def write_gguf(config: Any, tensors: dict[str, Tensor] | None, system: System, p
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     if config.rope_parameters["rope_type"] == "llama3":
         tensors = {"rope_freqs.weight": _llama3_factors(config, head_dim), **tensors}
+    if config.tie_word_embeddings:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     stored = [(name, _gguf_name(names, name), *_kind(tensor, dtype)) for name, tensor in tensors.items()]
-    stored = [line for line in stored if line[0] != "lm_head.weight" or not config.tie_word_embeddings]
     for name, theirs, raw, size in stored:
         writer.add_tensor_info(theirs, tuple(tensors[name].shape), np.dtype(np.float32), size, raw)
     writer.write_header_to_file()
@@ -188,8 +189,11 @@ def _vocabulary(system: System, size: int) -> tuple[str, list[bytes], list[int],
 def _tokenizer_json(system: System) -> dict[str, Any]:
     backend = getattr(system.tokenizer, "backend_tokenizer", None)
     made = json.loads(backend.to_str()) if backend else {"model": {"type": "unknown"}}
-    if made["model"]["type"] != "BPE":
-        raise UserError(f"GGUF: a tokenizer of type {made['model']['type']} is not written; use --format merged.")
+    if made["model"]["type"] != "BPE" or not made["model"]["merges"]:
+        raise UserError(
+            f"GGUF: of tokenizers llama.cpp gets BPE with merges here, not {made['model']['type']} with "
+            f"{len(made['model'].get('merges') or ())}; use --format merged."
+        )
     return made
 
 

@@ -34,6 +34,8 @@ def chat_template(system: System, *, ends: bool) -> tuple[str | None, list[str]]
     for template in (own, closed):
         if template is not None and _renders(system, template, ends):
             notes = []
+            if isinstance(system.template, TextTemplate):
+                notes.append("The run trained on single instructions: further turns and system messages are new to it.")
             if getattr(system.template, "with_input", None):
                 notes.append("Rows with an input use another text than the chat template; see the run's config.")
             return template, notes
@@ -44,24 +46,26 @@ def chat_template(system: System, *, ends: bool) -> tuple[str | None, list[str]]
 
 
 def _from_text(system: System) -> str | None:
-    """One instruction and perhaps its answer, as a TextTemplate renders them."""
+    """An instruction and its answer as a TextTemplate renders them; several turns one behind the other.
+
+    llama.cpp's server tries a template on several turns when it starts, so it must take them.
+    """
     template: Any = system.template
     parts = []
     for text, name, spec, conversion in string.Formatter().parse(template.without_input):
         parts += [json.dumps(text, ensure_ascii=False)] if text else []
-        parts += ["messages[0].content"] if name else []
+        parts += ["message.content"] if name else []
         if spec or conversion:
             return None
     tokenizer = system.tokenizer
     begins = template.adds_special_tokens and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    start = "bos_token ~ " if begins else ""
+    start = "{{- bos_token -}}" if begins else ""
     end = json.dumps(tokenizer.convert_ids_to_tokens(system.end), ensure_ascii=False)
-    refused = "This model answers one instruction without a system message; it was trained on nothing else."
     return (
-        "{%- if messages | length > 2 or messages[0].role != 'user' -%}"
-        f"{{{{ raise_exception({json.dumps(refused)}) }}}}{{%- endif -%}}"
-        f"{{{{- {start}{' ~ '.join(parts)} -}}}}"
-        f"{{%- if messages | length == 2 -%}}{{{{- messages[1].content ~ {end} -}}}}{{%- endif -%}}"
+        f"{start}{{%- for message in messages -%}}"
+        f"{{%- if message.role == 'user' -%}}{{{{- {' ~ '.join(parts)} -}}}}"
+        f"{{%- elif message.role == 'assistant' -%}}{{{{- message.content ~ {end} -}}}}"
+        '{%- else -%}{{- message.content ~ "\\n\\n" -}}{%- endif -%}{%- endfor -%}'
     )
 
 

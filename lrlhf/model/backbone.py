@@ -443,22 +443,22 @@ class Backbone(nn.Module):
         self._activate(self._role)
 
     @torch.no_grad()
-    def merge(self, role: str) -> Any:
+    def merge(self, role: str, dtype: torch.dtype | None = None) -> Any:
         """A role as a plain model of transformers, its adapters folded into its weights; the backbone is used up by it.
 
         A quantised base is dequantised: the weights are those that the adapters were trained on.
 
         Args:
             role: without its head.
+            dtype: of all weights, in one rounding; None leaves them in that of the base.
         """
-        if role in self.copies or not self.stacks[role]:
-            return self.copies[role] if role in self.copies else self.model
-        own = self.model.dtype
+        dtype = dtype or self.model.dtype
         if getattr(self.model, "is_quantized", False):
-            self.model.dequantize(own)
-        with self.role(role):
-            self._adapters.merge(self.stacks[role], own)
-        return self.model
+            self.model.dequantize(self.model.dtype)
+        if self.stacks[role]:
+            with self.role(role):
+                self._adapters.merge(self.stacks[role], dtype)
+        return (self.copies[role] if role in self.copies else self.model).to(dtype)
 
 
 def _states_by_length(decoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
