@@ -16,6 +16,7 @@ USAGE = """usage: lrlhf COMMAND [options]
   evaluate   win rates, factual precision and more: lrlhf evaluate --config configs/evaluate/reward_model.yaml
   export     a peft adapter, a merged model, a GGUF file, a reward model of transformers, with a model card:
              lrlhf export runs/ppo --to exports/policy
+  chat       talk to it: lrlhf chat runs/ppo --beside reference
   plan       the memory that a run needs, before it runs: lrlhf plan --config configs/demo/sft.yaml
   verify-resume   prove on your config that a killed run ends like an uninterrupted one
   report     tables, plots and one HTML page of runs, side by side: lrlhf report runs/demo
@@ -65,6 +66,10 @@ def command(name: str) -> Callable[[list[str]], object]:
         from lrlhf.export.command import main as export
 
         return export
+    if name == "chat":
+        from lrlhf.chat import main as chat
+
+        return chat
     if name == "report":
         from lrlhf.report.report import main as report
 

@@ -10,7 +10,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py")}
 
 FLOORS = (
     ("__main__",),
-    ("align", "memory", "export"),
+    ("align", "memory", "export", "chat"),
     ("report",),
     ("evaluation",),
     ("cli",),
@@ -28,7 +28,7 @@ HOMES = {
     "lightning.pytorch.cli": {"cli/lightning.py"},
     "matplotlib": {"report/drawing.py"},
     "plotly": {"report/page.py"},
-    "rich": {"report/report.py", "evaluation/command.py"},
+    "rich": {"report/report.py", "evaluation/command.py", "chat.py"},
     "gguf": {"export/gguf_file.py"},
     "openai": {"evaluation/endpoint.py"},
     "sklearn": {"evaluation/win_rate.py"},

@@ -19,7 +19,7 @@ from lrlhf.datamodules.prompts import AlpacaTemplate, ChatTemplate, Template, en
 from lrlhf.errors import UserError
 from lrlhf.functional.randomness import generator
 from lrlhf.model.backbone import Backbone
-from lrlhf.model.generation import respond
+from lrlhf.model.generation import respond, stream_tokens
 from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
 from lrlhf.modules.self_check import check_reward_model
 from lrlhf.run.handover import Handover
@@ -54,6 +54,7 @@ class System:
             template.
         sampling: how responses are drawn; null takes the run's, and for a base model the defaults.
         batch_size: texts of one pass. Memory only.
+        beside: a system whose base is shared, where both lie on the same one: one base in memory instead of two.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class System:
         template: Template | None = None,
         sampling: Sampling | None = None,
         batch_size: int = 16,
+        beside: "System | None" = None,
     ):
+        self.beside = beside
         self.source, self.batch_size = source, batch_size
         folder = handover_in(source)
         self.handover = None if folder is None else Handover.read(folder)
@@ -76,6 +79,8 @@ class System:
         self.sampling = sampling or settings.get("sampling") or Sampling()
         self.quantize: Quantization | None = settings.get("quantize")
         self.dtype: DType = dtype or (self.handover.dtype if self.handover else "bfloat16")  # type: ignore[assignment]
+        self.reward_model: str | None = settings.get("reward_model")
+        """Hand-over of the reward model that the run trained with, if its config names one."""
         self.role = role
         self._backbone: Backbone | None = None
 
@@ -102,12 +107,23 @@ class System:
             if self.template is None:
                 self.template = ChatTemplate() if self.tokenizer.chat_template else AlpacaTemplate()
             self._special = special_tokens(self.tokenizer)
-            backbone = Backbone(base, dtype=self.dtype, quantize=self.quantize).eval()
+            if self.beside and self._shares_base_with(self.beside):
+                backbone = self.beside.backbone
+            else:
+                backbone = Backbone(base, dtype=self.dtype, quantize=self.quantize).eval()
             self._load_role(backbone)
             self.end = self.template.end_id(self.tokenizer)
             self.stop_ids = torch.tensor(stop_tokens(self.tokenizer, backbone.model, self.end, self.sampling.stop))
             self._backbone = backbone.to("cuda" if torch.cuda.is_available() else "cpu")
         return self._backbone
+
+    def _shares_base_with(self, other: "System") -> bool:
+        """Whether both roles fit on one base: the same, stored alike, and adapters of one name are one adapter."""
+        mine, theirs = self.handover, other.handover
+        if mine is None or theirs is None or self.role_name in other.backbone.stacks:
+            return False
+        same = all(theirs.adapters.get(name, digest) == digest for name, digest in mine.adapters.items())
+        return same and (mine.base, self.dtype, self.quantize) == (theirs.base, other.dtype, other.quantize)
 
     def _load_role(self, backbone: Backbone) -> None:
         if self.handover is None:
@@ -166,11 +182,7 @@ class System:
             UserError: a prompt that leaves no room for a response.
         """
         sampling, responses = sampling or self.sampling, []
-        room = self.context - sampling.max_new_tokens
-        if too_long := [i for i, ids in enumerate(prompts, start=1) if len(ids) > room]:
-            raise UserError(
-                f"{self.name}: prompt {too_long[0]} has {len(prompts[too_long[0] - 1])} tokens, {room} fit."
-            )
+        self._refuse_too_long(prompts, sampling)
         size = sampling.batch_size
         starts = range(0, len(prompts), size)
         for start in tqdm(starts, desc=f"answers of {self.name}", disable=len(starts) < 2):
@@ -182,6 +194,37 @@ class System:
             kept = zip(*answer, strict=True)
             responses += [self.tokenizer.decode(row[keep], skip_special_tokens=True) for row, keep in kept]
         return responses
+
+    def stream(self, prompt: list[int], sampling: Sampling | None = None, seed: int = 0) -> Iterator[str]:
+        """A response as it grows, special tokens left out; with `respond`'s draws for one prompt.
+
+        Args:
+            prompt: its token ids.
+            sampling: other than the system's own.
+            seed: of the draws.
+
+        Raises:
+            UserError: a prompt that leaves no room for a response.
+        """
+        sampling = sampling or self.sampling
+        self._refuse_too_long([prompt], sampling)
+        tokens: list[int] = []
+        uniforms = torch.rand(1, sampling.max_new_tokens, generator=generator(seed, "evaluate", 0)).to(self.device)
+        with self.backbone.role(self.role_name):
+            ids, stop_ids = torch.tensor([prompt], device=self.device), self.stop_ids.to(self.device)
+            drawn = stream_tokens(self.backbone, ids, sampling=sampling, stop_ids=stop_ids, uniforms=uniforms)
+            for token in drawn:
+                tokens.append(token)
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                yield text.rstrip("\ufffd")  # half a character, whose other bytes are still to come
+            yield text
+
+    def _refuse_too_long(self, prompts: Sequence[list[int]], sampling: Sampling) -> None:
+        room = self.context - sampling.max_new_tokens
+        if too_long := [i for i, ids in enumerate(prompts, start=1) if len(ids) > room]:
+            raise UserError(
+                f"{self.name}: prompt {too_long[0]} has {len(prompts[too_long[0] - 1])} tokens, {room} fit."
+            )
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row], responses: Sequence[str]) -> Tensor:
@@ -233,9 +276,14 @@ class System:
             yield order[start : start + self.batch_size]
 
 
-def prompt_row(instruction: str) -> Row:
-    """A row of one turn."""
-    return Row((("user", instruction),), instruction, "", (), 0.0, "")
+def prompt_row(instruction: str, before: Sequence[tuple[str, str]] = ()) -> Row:
+    """A row of one turn, or of one after others.
+
+    Args:
+        instruction: of the user.
+        before: earlier turns, each a role and its text.
+    """
+    return Row((*before, ("user", instruction)), instruction, "", (), 0.0, "")
 
 
 def _config(handover: Path) -> Path | None:
@@ -254,4 +302,5 @@ def _settings(handover: Path) -> dict[str, Any]:
     for name, kind in (("template", Template), ("sampling", Sampling), ("quantize", Quantization)):
         parser.add_argument(f"--{name}", type=kind | None)
     found = {key: (data if key == "template" else model).get(key) for key in ("template", "sampling", "quantize")}
-    return vars(parser.instantiate_classes(parser.parse_object(found)))
+    made = vars(parser.instantiate_classes(parser.parse_object(found)))
+    return made | {"reward_model": model.get("reward_model")}

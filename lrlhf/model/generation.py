@@ -1,5 +1,6 @@
 """Sampling responses: a plain loop over a key-value cache, rows leaving when they have ended."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -131,6 +132,29 @@ def sample_responses(
     tokens = tokens[:, : step + 1]
     ended = response_mask(tokens, stop_ids)
     return tokens.masked_fill(~ended, 0), ended
+
+
+@torch.no_grad()
+def stream_tokens(
+    backbone: Backbone, prompt_ids: Tensor, *, sampling: Sampling, stop_ids: Tensor, uniforms: Tensor
+) -> Iterator[int]:
+    """`sample_responses` of one prompt [1, P], token by token as they are drawn; the one that ends it is the last.
+
+    Args:
+        backbone: inside `with backbone.role(...)` until the last token.
+        prompt_ids: [1, P] int64, without padding.
+        sampling: temperature and limits.
+        stop_ids: [S] int64, the tokens that end a response.
+        uniforms: [1, max_new_tokens] in [0, 1).
+    """
+    ids, mask, positions, cache = backbone.prefill(prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool))
+    for step in range(sampling.max_new_tokens):
+        chosen = choose(backbone.next_token_logits(ids, mask, positions, cache), uniforms[:, step], sampling)
+        yield int(chosen)
+        if torch.isin(chosen, stop_ids):
+            return
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
 
 
 def _by_length(
