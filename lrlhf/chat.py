@@ -143,10 +143,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _reward_model(named: str | None, first: System) -> System | None:
-    source = named or first.reward_model
-    if source in (None, "none") or (named is None and not Path(str(source)).expanduser().exists()):
+    source = str(named or first.reward_model)
+    if source in ("None", "none") or (named is None and not (Path(source).expanduser() / "manifest.json").is_file()):
         return None
-    reward = System(str(source), beside=first)
+    reward = System(source, beside=first)
     if reward.handover is None or not reward.handover.head:
         raise UserError(f"--reward_model {source} is no reward model; give the run folder of a RewardModel run.")
     return reward

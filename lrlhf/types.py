@@ -114,12 +114,16 @@ class Preferences:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts to respond to. texts are the rendered prompts, sources the rows they came from, for reports."""
+    """Prompts to respond to. texts are the rendered prompts, sources the rows they came from, for reports.
+
+    turns are the conversations as roles and contents, for reward models with a template of their own.
+    """
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     texts: tuple[str, ...]
     sources: tuple[dict[str, str], ...]
+    turns: tuple[tuple[dict[str, str], ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

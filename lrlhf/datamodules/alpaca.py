@@ -301,7 +301,8 @@ class AlpacaDataModule(L.LightningDataModule):
             self.dropped[f"responses over {self.max_response_tokens} tokens"] += 1
             return None
         source = {"instruction": row.messages[-1][1], "dataset": row.dataset}
-        return Tokenized(prompt, responses, row.margin, text, source)
+        turns = tuple({"role": turn[0], "content": turn[1]} for turn in row.messages)
+        return Tokenized(prompt, responses, row.margin, text, source, turns)
 
     def _plain_ids(self, text: str) -> list[int]:
         """Token ids of a text, in which what looks like a special token is text."""

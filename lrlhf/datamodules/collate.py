@@ -18,6 +18,7 @@ class Tokenized:
     margin: float
     text: str
     source: dict[str, str]
+    turns: tuple[dict[str, str], ...] = ()
 
     @property
     def length(self) -> int:
@@ -55,6 +56,7 @@ def collate_preferences(rows: Sequence[Tokenized]) -> Preferences:
 
 
 def collate_prompts(rows: Sequence[Tokenized]) -> Prompts:
-    """Prompts alone, with their texts and source rows."""
+    """Prompts alone, with their texts, source rows and turns."""
     ids, mask = pad([row.prompt for row in rows], left=True)
-    return Prompts(ids, mask, tuple(row.text for row in rows), tuple(row.source for row in rows))
+    columns = ([getattr(row, name) for row in rows] for name in ("text", "source", "turns"))
+    return Prompts(ids, mask, *map(tuple, columns))

@@ -18,6 +18,7 @@ from lrlhf.datamodules.formats import Row
 from lrlhf.datamodules.prompts import AlpacaTemplate, ChatTemplate, Template, encode_prompt, special_tokens
 from lrlhf.errors import UserError
 from lrlhf.functional.randomness import generator
+from lrlhf.model.adapters import CONFIG
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.generation import respond, stream_tokens
 from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
@@ -34,7 +35,7 @@ def handover_in(source: str) -> Path | None:
     """
     folder = Path(source).expanduser()
     for candidate in (folder, folder / "handover"):
-        if (candidate / "manifest.json").is_file():
+        if (candidate / "manifest.json").is_file() or (candidate / CONFIG).is_file():
             return candidate
     if (folder / "config.yaml").is_file() and (folder / "metrics.csv").is_file():
         raise UserError(f"{source} is a run without a hand-over; let its fit finish first.")

@@ -27,14 +27,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--to", type=str, required=True, help="folder to write")
     parser.add_argument(
         "--format",
-        type=Literal["adapter", "merged", "gguf", "reward"],  # type: ignore[arg-type]
+        type=Literal["adapter", "merged", "gguf", "reward"],
         default="adapter",
         help="adapter: one peft adapter; merged: a model of transformers; gguf: for llama.cpp and Ollama; reward: a "
         "sequence classifier of transformers",
     )
     parser.add_argument(
         "--dtype",
-        type=Literal["float32", "bfloat16", "float16", "q8_0"] | None,  # type: ignore[arg-type]
+        type=Literal["float32", "bfloat16", "float16", "q8_0"] | None,
         help="of the weights; null takes that of the run's base. q8_0 is for gguf; adapters are float32",
     )
     parser.add_argument("--dequantize", action="store_true", help="merge into a quantised base, dequantised")

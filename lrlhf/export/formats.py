@@ -80,7 +80,8 @@ def write_reward(system: System, folder: Path, dtype: str) -> str:
     no response.
     """
     _trained(system, head=True)
-    head, kind = system.backbone.heads[system.role_name], getattr(torch, dtype)
+    head: Any = system.backbone.heads[system.role_name]
+    kind = getattr(torch, dtype)
     if getattr(head, "bias", None) is not None and float(head.bias) != 0:
         raise UserError(
             f"{system.source} has a head with a bias ({float(head.bias):.3g}), which no sequence classifier of "

@@ -26,6 +26,7 @@ from lrlhf.memory.ledger import Ledger
 from lrlhf.metrics import Means
 from lrlhf.model.architecture import text_config
 from lrlhf.model.backbone import Backbone
+from lrlhf.model.classifier import is_classifier
 from lrlhf.model.generation import choose
 from lrlhf.model.pretrained import first_line
 from lrlhf.modules.base import AlignmentModule
@@ -100,6 +101,11 @@ def build(job: Job) -> Any:
     settings = copy.deepcopy(job.model)
     values = settings["init_args"]
     folders = {name: values.get(name) for name in ("sft", "reward_model") if name in values}
+    if is_classifier(folders.get("reward_model") or ""):
+        raise UserError(
+            f"plan: model.reward_model={folders['reward_model']} is a separate model, which a plan does not count; "
+            "plan with model.reward_function, and add the size of its weights."
+        )
     values |= dict.fromkeys(folders)
     if "ppo" in values:
         values["reward_function"] = f"{__name__}.no_reward"

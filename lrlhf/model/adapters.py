@@ -197,6 +197,9 @@ class Adapters:
                 self._wrap(PeftModel.from_pretrained(self.model, str(folder), adapter_name=name))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: this adapter cannot be loaded on this base ({error}).") from error
+        there, here = len(load_file(folder / WEIGHTS)), len(self.parameters(name))
+        if there != here:
+            raise UserError(f"{folder}: of {there} tensors of this adapter {here} fit this base; it is of another.")
 
     def activate(self, stack: Sequence[str], *, cache_factors: bool) -> None:
         """Switch these adapters on, in this order, and all others off.

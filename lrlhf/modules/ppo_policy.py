@@ -42,6 +42,7 @@ from lrlhf.functional.divergence import Divergence
 from lrlhf.functional.logprobs import TokenStatistics
 from lrlhf.functional.randomness import generator
 from lrlhf.metrics import Means, explained_variance
+from lrlhf.model.classifier import Classifier, is_classifier
 from lrlhf.model.sharding import gathered
 from lrlhf.modules.base import ROLLOUT, SCORE, UPDATE, AlignmentModule
 from lrlhf.modules.rollout_callback import RolloutCallback
@@ -65,7 +66,8 @@ class PPOPolicy(AlignmentModule):
     """Train the adapter `policy` (and a critic) to earn reward without leaving the reference.
 
     Args:
-        reward_model: hand-over folder of a RewardModel run.
+        reward_model: hand-over folder of a RewardModel run; or a sequence classifier with one label, as a folder or hub
+            id, which is loaded as a separate frozen model and reads conversations by its own chat template.
         reward_function: scores (prompts, responses) as texts to [B], by import path; instead of a reward model.
         ppo: how the policy learns from a rollout.
         kwargs: see AlignmentModule.
@@ -84,6 +86,8 @@ class PPOPolicy(AlignmentModule):
         if (reward_model is None) == (reward_function is None):
             raise UserError("PPO needs one source of reward: set model.reward_model or model.reward_function.")
         self.reward_model, self.reward_function = reward_model, reward_function
+        self.foreign = reward_model is not None and is_classifier(reward_model)
+        """Whether the reward model is a sequence classifier of its own."""
         super().__init__(**kwargs)
         self.ppo = ppo
 
@@ -91,13 +95,15 @@ class PPOPolicy(AlignmentModule):
 
     def handover_folders(self) -> list[str]:
         """Of the SFT run and of the reward model."""
-        return [folder for folder in (self.sft, self.reward_model) if folder]
+        return [folder for folder in (self.sft, None if self.foreign else self.reward_model) if folder]
 
     def build_roles(self) -> None:
         """Reference, policy, reward and critic as roles on one base."""
         below = self.load_sft()
         under_critic = below
-        if self.reward_model is not None:
+        if self.foreign:
+            self.classifier = Classifier(str(self.reward_model), self.dtype_name)
+        elif self.reward_model is not None:
             reward = self.parents[self.reward_model]
             self._check_reward(reward, below)
             reward.load(self.backbone, "reward")
@@ -118,6 +124,10 @@ class PPOPolicy(AlignmentModule):
             raise UserError(
                 f"model.reward_model={self.reward_model} was trained on another SFT adapter than model.sft={self.sft}."
             )
+
+    def identity(self) -> dict[str, Any]:
+        """With a reward model of others also its fingerprint."""
+        return super().identity() | ({"reward model": self.classifier.fingerprint} if self.foreign else {})
 
     def setup(self, stage: str) -> None:
         """Check batch sizes and sampling before the base is loaded."""
@@ -324,12 +334,16 @@ class PPOPolicy(AlignmentModule):
             sequences: prompts with their responses.
             batch: the prompts, whose texts a reward function gets.
         """
+        responses = self.decode(sequences.response_ids, sequences.response_mask)
+        if self.foreign:
+            turns = batch.turns or tuple(({"role": "user", "content": text},) for text in batch.texts)
+            talks = [[*t, {"role": "assistant", "content": r}] for t, r in zip(turns, responses, strict=True)]
+            return self.classifier.scores(talks, self.device, self.micro_batch_size)
         if self.reward_function is None:
             ended = append_end(sequences.response_ids, sequences.response_mask, self.stop_ids.to(self.device))
             complete = Sequences(sequences.prompt_ids, sequences.prompt_mask, *ended)
             with self.backbone.role("reward"):
                 return self.per_row(complete, [len(complete)], self.backbone.scores)
-        responses = self.decode(sequences.response_ids, sequences.response_mask)
         scores = torch.as_tensor(self.reward_function(list(batch.texts), responses), dtype=torch.float32)
         if scores.shape != (len(batch),):
             raise UserError(f"the reward function returned shape {tuple(scores.shape)} for {len(batch)} responses.")

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lrlhf.errors import UserError
-from lrlhf.model.adapters import concatenate, place
+from lrlhf.model.adapters import CONFIG, concatenate, place
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.pretrained import fingerprint_tokenizer
 from lrlhf.run.folder import written_whole
@@ -48,6 +48,8 @@ class Handover:
             UserError: no folder, no manifest, or a damaged one.
         """
         path = Path(folder).expanduser() / "manifest.json"
+        if not path.is_file() and (path.parent / CONFIG).is_file():
+            return cls._of_others(path.parent)
         if not path.is_file():
             raise UserError(f"{folder} is no hand-over folder (no manifest.json in it); run the stage before first.")
         try:
@@ -59,6 +61,25 @@ class Handover:
             if _digest(place(handover.folder, adapter)) != digest:
                 raise UserError(f"{path.parent}: the adapter {adapter} is not the one that was handed over.")
         return handover
+
+    @classmethod
+    def _of_others(cls, folder: Path) -> "Handover":
+        """A plain peft adapter without a manifest, as an SFT adapter; which base and tokenizer it needs is unknown.
+
+        Raises:
+            UserError: it is no LoRA adapter, or changes more than linear layers.
+        """
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+        except ValueError as error:
+            raise UserError(f"{folder / CONFIG} is damaged ({error}).") from None
+        more = [name for name in ("modules_to_save", "trainable_token_indices") if config.get(name)]
+        if config.get("peft_type") != "LORA" or more:
+            what = f"also changes {', '.join(more)}" if more else f"is of type {config.get('peft_type')}"
+            raise UserError(f"{folder}: this adapter {what}; a LoRA adapter of linear layers can be used here.")
+        base = str(config.get("base_model_name_or_path"))
+        rank_zero_info(f"{folder} says that it was trained on {base}; whether that is this base cannot be checked")
+        return cls(folder, "sft", ("sft",), False, base, "", "", None, {"sft": _digest(folder)})
 
     @classmethod
     def write(
@@ -141,7 +162,7 @@ class Handover:
             ("base model", backbone.fingerprint, self.base),
             ("tokenizer", tokenizer, self.tokenizer),
         ):
-            if ours != theirs and (self.stack or what == "tokenizer"):
+            if theirs and ours != theirs and (self.stack or what == "tokenizer"):
                 raise UserError(
                     f"{self.folder} was trained with another {what} (fingerprint {theirs}, here {ours}); "
                     f"use base_model: {self.base_model}, or train the stage again."

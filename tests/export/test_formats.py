@@ -95,7 +95,8 @@ GENERATE = """
 ids = json.loads(sys.argv[-1])
 out = {"logits": model(input_ids=torch.tensor([ids[0]])).logits[0].tolist(), "greedy": []}
 for row in ids:
-    text = model.generate(torch.tensor([row]), do_sample=False, max_new_tokens=12, temperature=None, top_k=None, top_p=None)
+    greedy = {"do_sample": False, "max_new_tokens": 12, "temperature": None, "top_k": None, "top_p": None}
+    text = model.generate(torch.tensor([row]), **greedy)
     out["greedy"].append(tokenizer.decode(text[0, len(row):], skip_special_tokens=True))
 turns = [[{"role": "user", "content": p}] for p in json.loads(sys.argv[-2])]
 out["prompts"] = [tokenizer.apply_chat_template(t, add_generation_prompt=True, return_dict=False) for t in turns]

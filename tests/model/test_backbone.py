@@ -24,8 +24,7 @@ from lrlhf.config import LoRA
 from lrlhf.functional import token_statistics
 from lrlhf.kernels.linear import AVAILABLE
 from lrlhf.kernels.low_rank import add_low_rank
-from lrlhf.model.adapters import AdaptedLinear
-from lrlhf.model.adapters import concatenate
+from lrlhf.model.adapters import AdaptedLinear, concatenate
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.pretrained import install, load_model
 from lrlhf.types import Sequences
