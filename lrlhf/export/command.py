@@ -10,6 +10,7 @@ from lrlhf.evaluation.system import System
 from lrlhf.export.card import write_card
 from lrlhf.export.formats import FORMATS, save_tokenizer
 from lrlhf.export.hub import check_token, push
+from lrlhf.model.pretrained import first_line
 from lrlhf.run.folder import written_whole
 
 DESCRIPTION = """Write what a run trained in the form that another tool takes, with tokenizer, chat template and model
@@ -92,15 +93,20 @@ def export(
         )
     if system.handover is None:
         raise UserError(f"{source} is no run and no hand-over; there is nothing to export.")
-    with written_whole(folder) as scratch:
-        notes = save_tokenizer(system, scratch, reward=form == "reward")
-        stored = "float32" if form == "adapter" else dtype or system.dtype
-        notes.append(FORMATS[form](system, scratch, stored))
-        (scratch / "README.md").unlink(missing_ok=True)
-        write_card(system, scratch, folder, form, dtype=stored, licence=licence, notes=notes)
-        if form == "adapter":
-            replace(system.handover, folder=scratch).write_plain(scratch)
-            system.copy_config(scratch)
+    try:
+        with written_whole(folder) as scratch:
+            notes = save_tokenizer(system, scratch, reward=form == "reward")
+            stored = "float32" if form == "adapter" else dtype or system.dtype
+            notes.append(FORMATS[form](system, scratch, stored))
+            (scratch / "README.md").unlink(missing_ok=True)
+            write_card(system, scratch, folder, form, dtype=stored, licence=licence, notes=notes)
+            if form == "adapter":
+                replace(system.handover, folder=scratch).write_plain(scratch)
+                system.copy_config(scratch)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have no type of their own for a full disk
+        raise UserError(f"{to} could not be written ({first_line(error)}); what was there is as it was.") from error
     print("\n".join(notes))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"Written: {folder} ({size / 1e6:,.1f} MB)")

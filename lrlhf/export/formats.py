@@ -108,9 +108,9 @@ def save_tokenizer(system: System, folder: Path, *, reward: bool) -> list[str]:
     Returns:
         What the reader of the export should know.
     """
-    system.backbone  # noqa: B018 loads the tokenizer
+    template, notes = chat_template(system, ends=reward)
     tokenizer = copy.deepcopy(system.tokenizer)
-    tokenizer.chat_template, notes = chat_template(system, ends=reward)
+    tokenizer.chat_template = template
     if reward:
         tokenizer.pad_token_id = _pad_token(system)
     tokenizer.save_pretrained(folder)

@@ -29,6 +29,7 @@ def chat_template(system: System, *, ends: bool) -> tuple[str | None, list[str]]
     Returns:
         The template, None if no tried one is right, and what the reader should know.
     """
+    system.backbone  # noqa: B018 loads the tokenizer
     own = _from_text(system) if isinstance(system.template, TextTemplate) else system.tokenizer.chat_template
     closed = "{%- set text -%}" + str(own) + "{%- endset -%}{{ text if add_generation_prompt else text.rstrip() }}"
     for template in (own, closed):

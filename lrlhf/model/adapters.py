@@ -197,9 +197,12 @@ class Adapters:
                 self._wrap(PeftModel.from_pretrained(self.model, str(folder), adapter_name=name))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: this adapter cannot be loaded on this base ({error}).") from error
-        there, here = len(load_file(folder / WEIGHTS)), len(self.parameters(name))
+        there = {key.removeprefix(PREFIX).removesuffix(".weight") for key in load_file(folder / WEIGHTS)}
+        ours = [key.split(".") for key, _ in self.model.named_parameters() if "lora_" in key]
+        here = {".".join(p for p in parts if p != name).removesuffix(".weight") for parts in ours if name in parts}
         if there != here:
-            raise UserError(f"{folder}: of {there} tensors of this adapter {here} fit this base; it is of another.")
+            odd = sorted(there ^ here)[0]
+            raise UserError(f"{folder}: this adapter and this base do not fit ({odd} is in one alone).")
 
     def activate(self, stack: Sequence[str], *, cache_factors: bool) -> None:
         """Switch these adapters on, in this order, and all others off.
@@ -342,7 +345,8 @@ def _factors(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, tuple[
         layer, _, kind = name.removeprefix(PREFIX).partition(".lora_")
         up = tensors.get(f"{PREFIX}{layer}.lora_B.weight")
         if kind == "A.weight" and up is not None:
-            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+            patterns: Any = config.alpha_pattern
+            alpha = patterns.get(get_pattern_key(patterns, layer), config.lora_alpha)
             scale = alpha / (len(down) ** 0.5 if config.use_rslora else len(down))
             found[layer] = down.float(), up.float() * scale
     return found if 2 * len(found) == len(tensors) else None
