@@ -303,7 +303,8 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            answer = {"commitUrl": f"http://{self.headers['host']}/me/model/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+            url = f"http://{self.headers['host']}/me/model/commit/{'0' * 40}"
+            answer = {"commitUrl": url, "commitOid": "0" * 40, "success": True}
         else:
             answer = {"url": f"http://{self.headers['host']}/me/model", "name": "me/model"}
         self.reply(answer)
