@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lrlhf.cli.messages import CommandParser
@@ -115,14 +116,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: a source that holds no model that answers.
     """
-    parser = CommandParser("chat", DESCRIPTION)
-    parser.add_argument("source", type=str, help="a run folder, a hand-over, an exported adapter or a base model")
-    parser.add_argument("--beside", type=str | None, help="reference, or another such source, that answers too")
-    parser.add_argument("--reward_model", type=str | None, help="scores answers (default: the run's; none for none)")
-    parser.add_argument("--temperature", type=NonNegativeFloat | None, help="of all answers (default: the run's)")
-    parser.add_argument("--max_new_tokens", type=PositiveInt | None, help="of an answer (default: the run's)")
-    parser.add_argument("--seed", type=NonNegativeInt, default=1, help="of the draws")
-    given = parser.parse_args(arguments)
+    given = parse(arguments)
     first = System(given.source)
     if first.handover and first.handover.head:
         raise UserError(f"{given.source} is a reward model, which scores and does not answer; give an SFT or PPO run.")
@@ -140,6 +134,18 @@ def main(arguments: list[str]) -> None:
         talk(chat)
     else:
         answer_lines(chat, sys.stdin)
+
+
+def parse(arguments: list[str]) -> Namespace:
+    """The options of a command line."""
+    parser = CommandParser("chat", DESCRIPTION)
+    parser.add_argument("source", type=str, help="a run folder, a hand-over, an exported adapter or a base model")
+    parser.add_argument("--beside", type=str | None, help="reference, or another such source, that answers too")
+    parser.add_argument("--reward_model", type=str | None, help="scores answers (default: the run's; none for none)")
+    parser.add_argument("--temperature", type=NonNegativeFloat | None, help="of all answers (default: the run's)")
+    parser.add_argument("--max_new_tokens", type=PositiveInt | None, help="of an answer (default: the run's)")
+    parser.add_argument("--seed", type=NonNegativeInt, default=1, help="of the draws")
+    return parser.parse_args(arguments)
 
 
 def _reward_model(named: str | None, first: System) -> System | None:

@@ -9,12 +9,13 @@ import pytest
 
 import lrlhf
 import lrlhf.functional
-from lrlhf import evaluation
+from lrlhf import chat, evaluation
 from lrlhf.__main__ import USAGE
 from lrlhf.align.align import Plan
 from lrlhf.cli import verify_resume
 from lrlhf.cli.lightning import CLI, AlignmentCLI, ConfigCLI
 from lrlhf.evaluation import command as evaluate
+from lrlhf.export import command as export
 from lrlhf.memory.command import add_options, read
 from lrlhf.modules.base import AlignmentModule
 from tests.modules.helpers import train_reward, train_sft
@@ -58,7 +59,7 @@ def commands() -> list[str]:
     place = r"(?:^|: +|^#\s+|^#\s+OPENAI_API_KEY=\S+ |`|^\s*srun .*)"
     shown = [found for text in texts for found in re.findall(place + r"(lrlhf [a-z-]+ [^`\n]*)", text, re.M)]
     lines = {re.split(r"\s+#|\s{2,}(?=[A-Z])", command)[0].strip() for command in shown}
-    return sorted(line for line in lines if " --config " in line or line.startswith("lrlhf report"))
+    return sorted(line for line in lines if " --config " in line or line.split()[1] in ("report", "export", "chat"))
 
 
 class Built(AlignmentCLI):
@@ -99,6 +100,8 @@ def test_there_are_commands_to_check():
         "plan",
         "align",
         "evaluate",
+        "export",
+        "chat",
         "report",
     }
     assert len(commands()) > 15
@@ -126,6 +129,8 @@ def test_a_command_that_is_shown_runs_as_shown(line, checkout, monkeypatch):
         for name in ("model_outputs", "reference_outputs", "annotations"):
             Path(f"{name}.json").write_text('[{"instruction": "a", "output_1": "b", "output_2": "c"}]')
         assert isinstance(evaluate.parse(arguments)[0], evaluation.Evaluation)
+    elif command in ("export", "chat"):
+        assert {"export": export, "chat": chat}[command].parse(arguments).source
     else:
         assert command == "report"
         assert arguments

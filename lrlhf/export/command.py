@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from jsonargparse import Namespace
+
 from lrlhf.cli.messages import CommandParser
 from lrlhf.errors import UserError
 from lrlhf.evaluation.system import System
@@ -23,6 +25,21 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: a source that trained nothing, a folder that is there, or a form that cannot hold the role.
     """
+    given = parse(arguments)
+    export(
+        given.source,
+        given.to,
+        form=given.format,
+        dtype=given.dtype,
+        dequantize=given.dequantize,
+        overwrite=given.overwrite,
+        licence=given.license,
+        push_to_hub=given.push_to_hub,
+    )
+
+
+def parse(arguments: list[str]) -> Namespace:
+    """The options of a command line."""
     parser = CommandParser("export", DESCRIPTION)
     parser.add_argument("source", type=str, help="a run folder or a hand-over folder")
     parser.add_argument("--to", type=str, required=True, help="folder to write")
@@ -42,17 +59,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     parser.add_argument("--license", type=str | None, help="for the card, by its name on the hub, e.g. apache-2.0")
     parser.add_argument("--push-to-hub", type=str | None, help="ORG/NAME of a model on the Hugging Face hub")
-    given = parser.parse_args(arguments)
-    export(
-        given.source,
-        given.to,
-        form=given.format,
-        dtype=given.dtype,
-        dequantize=given.dequantize,
-        overwrite=given.overwrite,
-        licence=given.license,
-        push_to_hub=given.push_to_hub,
-    )
+    return parser.parse_args(arguments)
 
 
 def export(

@@ -46,7 +46,7 @@ def write_gguf(config: Any, tensors: dict[str, Tensor] | None, system: System, p
     try:
         import gguf
     except ImportError:
-        raise UserError("export --format gguf needs the package gguf: pip install 'lrlhf[demo]'.") from None
+        raise UserError("export --format gguf needs the package gguf: pip install 'lrlhf[export]'.") from None
     arch = _architecture(config)
     kind, tokens, types, scores = _vocabulary(system, config.vocab_size)
     if tensors is None:

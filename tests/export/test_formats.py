@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -247,3 +249,30 @@ def test_smollm2_as_gguf_and_merged_is_the_policy(tmp_path, serve):
     likely = known & (expected > -8)
     assert (logprobs - expected)[likely].abs().max() < 0.5
     assert sum(a == b for a, b in zip(theirs, texts, strict=False)) >= 3, (theirs, texts)
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_as_the_policy(trained, tmp_path):
+    """The server that the documentation names, on a merged export, asked as OpenAI's API is asked."""
+    pytest.importorskip("fastapi")
+    export(trained["policy"], str(tmp_path / "out"), form="merged")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", tmp_path / "out", "--device", "cpu"]
+    server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(90):
+            try:
+                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        turns = [{"role": "user", "content": PROMPTS[0]}]
+        body = {"model": str(tmp_path / "out"), "messages": turns, "temperature": 0, "max_tokens": 12}
+        address, headers = f"http://localhost:{port}/v1/chat/completions", {"content-type": "application/json"}
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        answer = json.loads(urllib.request.urlopen(request, timeout=60).read())
+    finally:
+        server.kill()
+    assert answer["choices"][0]["message"]["content"] == ours(trained["policy"])[2][0]
