@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lrlhf import __version__
 from lrlhf.errors import UserError
 from lrlhf.evaluation.system import System
-from lrlhf.model.pretrained import licence_of
+from lrlhf.model.pretrained import PACKAGED, licence_of
 from lrlhf.report.runs import Run, read_run
 from lrlhf.report.tables import CAVEAT, evaluation_table, make_table
 from lrlhf.run.handover import Handover
@@ -18,9 +18,9 @@ from lrlhf.run.handover import Handover
 USAGE = {
     "adapter": """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
+{imports}
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype="{dtype}")
+model = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}")
 model = PeftModel.from_pretrained(model, "{folder}")""",
     "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,7 +78,13 @@ def write_card(
         facts=_facts(handover, system, dtype),
         notes=notes,
         language="sh" if form == "gguf" else "python",
-        usage=USAGE[form].format(folder=to.name, base=handover.base_model, dtype=system.dtype, name=to.name.lower()),
+        usage=USAGE[form].format(
+            imports="from lrlhf.model.pretrained import resolve\n" if _base(handover.base_model)[0] == "r" else "",
+            folder=to.name,
+            base=_base(handover.base_model),
+            dtype=system.dtype,
+            name=to.name.lower(),
+        ),
         data=_data_files(run),
         tables=_tables(run),
         caveat=CAVEAT,
@@ -103,6 +109,13 @@ def _facts(handover: Handover, system: System, dtype: str) -> list[tuple[str, st
         ),
     ]
     return facts
+
+
+def _base(base_model: str) -> str:
+    """A base as Python that transformers understands; short names and GGUF files are lrlhf's to find."""
+    if base_model in PACKAGED or base_model.endswith(".gguf"):
+        return f'resolve("{base_model}")'
+    return f'"{base_model}"'
 
 
 def _run_of(handover: Handover) -> Run | None:

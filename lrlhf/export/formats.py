@@ -4,6 +4,7 @@ Each is checked before it is written: its log-probs, or its scores, against thos
 """
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lrlhf.errors import UserError
 from lrlhf.evaluation.system import System
 from lrlhf.export.gguf_file import write_gguf
 from lrlhf.export.templates import chat_template, write_modelfile
-from lrlhf.model.adapters import concatenate, place
+from lrlhf.model.adapters import CONFIG, concatenate, place
 from lrlhf.model.pretrained import as_classifier
 from lrlhf.modules.self_check import rounding
 from lrlhf.run.handover import PROBE, score_probe
@@ -42,6 +43,8 @@ def write_adapter(system: System, folder: Path, dtype: str) -> str:
     if not handover.stack:
         raise UserError(f"{system.source} was trained without LoRA and is no adapter; use --format merged.")
     concatenate([place(handover.folder, name) for name in handover.stack], folder)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": handover.base_model}, indent=2))
     backbone, ids = system.backbone, _probe(system)
     with backbone.role(system.role_name):
         expected = backbone.plain_logits(ids)

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
     Args:
         folder: to write; one that is there is replaced at the end.
     """
-    scratch, old = (folder.with_name(f"{folder.name}.{os.getpid()}{ending}") for ending in ("", ".old"))
+    for left in folder.parent.glob(f"{escape(folder.name)}.*.part"):  # of a process that was killed
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and not _runs(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    scratch, old = (folder.with_name(f"{folder.name}{ending}.{os.getpid()}.part") for ending in ("", ".old"))
     for left in (scratch, old):
         shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -40,6 +45,16 @@ def written_whole(folder: Path) -> Iterator[Path]:
     finally:
         for left in (scratch, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def clear(run: Path) -> None:

@@ -1,12 +1,15 @@
 """Which settings make a run the run that it is, and what is cleared for another."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from lrlhf.errors import UserError
-from lrlhf.run.folder import clear, refuse_other_run
+from lrlhf.run.folder import clear, refuse_other_run, written_whole
 
 LIMIT = {"class_path": "lrlhf.RewardLimit", "init_args": {"limit": 5.0}}
 DIVERGENCE = {"class_path": "lrlhf.DivergenceCallback", "init_args": {"coefficient": 0.02}}
@@ -158,3 +161,19 @@ def test_clearing_removes_what_a_fit_writes_and_nothing_else(tmp_path):
 def test_clearing_a_folder_that_is_not_there_does_nothing(tmp_path):
     clear(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write_and_what_a_living_one_writes_stays(tmp_path):
+    code = "import os, sys; from pathlib import Path; from lrlhf.run.folder import written_whole\n"
+    code += (
+        "with written_whole(Path(sys.argv[1])) as scratch: (scratch / 'half').write_text(''); os.kill(os.getpid(), 9)"
+    )
+    folder = tmp_path / "out"
+    assert subprocess.run([sys.executable, "-c", code, str(folder)]).returncode == -9
+    assert not folder.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    living = tmp_path / f"out.{os.getppid()}.part"
+    living.mkdir()
+    with written_whole(folder) as scratch:
+        (scratch / "whole").write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", living.name]
