@@ -167,8 +167,10 @@ def _vocabulary(system: System, size: int) -> tuple[str, list[bytes], list[int],
     system.backbone  # noqa: B018 loads the tokenizer
     made = _tokenizer_json(system)
     kind = _kind_of_tokenizer(made)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in made["model"]["merges"]]
-    ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in made["model"]["merges"]]
+    ranks = {"".join(merge): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
+    if kind == "spm":
+        _refuse_incomplete(merges, ranks, made["model"]["vocab"])
     by_id = {number: token for token, number in system.tokenizer.get_vocab().items()}
     added = system.tokenizer.added_tokens_decoder
     tokens, types, scores = [], [], []
@@ -184,6 +186,18 @@ def _vocabulary(system: System, size: int) -> tuple[str, list[bytes], list[int],
         types.append(int(what))
         scores.append(ranks.get(token, -float(len(merges)) if what == TokenType.NORMAL else 0.0))
     return kind, tokens, types, scores
+
+
+def _refuse_incomplete(merges: list[tuple[str, ...]], ranks: dict[str, float], vocab: dict[str, int]) -> None:
+    """SentencePiece joins any two neighbours whose union is a token, the best token first; merges must say the same."""
+    pairs = {(token[:i], token[i:]) for token in ranks for i in range(1, len(token))}
+    joined = {pair for pair in pairs if pair[0] in vocab and pair[1] in vocab}
+    order = [ranks["".join(merge)] for merge in merges]
+    if joined != set(merges) or order != sorted(order, reverse=True):
+        raise UserError(
+            "GGUF: this tokenizer falls back to bytes as SentencePiece does, and joins pieces otherwise; llama.cpp "
+            "would split text in another way. Use --format merged."
+        )
 
 
 def _tokenizer_json(system: System) -> dict[str, Any]:
