@@ -211,7 +211,7 @@ def talk(chat: Chat) -> None:
             if line.startswith("/"):
                 console.print(Text(chat.command(line), "dim"))
             elif line:
-                with Live(console=console, vertical_overflow="visible") as live:
+                with Live(console=console) as live:
                     for record in chat.ask(line):
                         live.update(show(record))
         except UserError as error:
