@@ -1,17 +1,18 @@
 """`lrlhf chat`: what is shown is what the models answer, in a terminal and over a pipe."""
 
+import io
 import json
 import os
 import pty
 import re
 import select
-import subprocess
 import sys
 import time
 
 import pytest
 
 from lrlhf import AlpacaDataModule, Sampling, UserError
+from lrlhf.__main__ import main
 from lrlhf.chat import Chat
 from lrlhf.datamodules.prompts import ChatTemplate
 from lrlhf.evaluation.system import System, prompt_row
@@ -114,17 +115,17 @@ def test_commands_change_the_temperature_save_and_refuse_what_they_do_not_know(r
     assert len(saved) == 2
 
 
-def test_over_a_pipe_each_line_is_a_prompt_and_each_answer_a_line_of_json(runs):
-    command = [sys.executable, "-m", "lrlhf", "chat", runs["ppo"], "--beside", "reference"]
-    given = "tea cat\n\n/temperature x\nroad\n/quit\nnever\n"
-    run = subprocess.run(command, input=given, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    records = [json.loads(line) for line in run.stdout.splitlines()]
+def test_over_a_pipe_each_line_is_a_prompt_and_each_answer_a_line_of_json(runs, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("tea cat\n\n/temperature x\nroad\n/quit\nnever\n"))
+    main(["chat", runs["ppo"], "--beside", "reference"])
+    out, error = capsys.readouterr()
+    records = [json.loads(line) for line in out.splitlines()]
     assert [record["prompt"] for record in records] == ["tea cat", "road"]
     assert all(record["answers"].keys() == record["scores"].keys() == {"policy", "reference"} for record in records)
-    assert "lrlhf: /temperature takes a number" in run.stderr
-    run = subprocess.run([*command[:4], runs["reward"]], input="tea\n", capture_output=True, text=True)
-    assert (run.returncode, "is a reward model, which scores" in run.stderr) == (1, True)
+    assert "lrlhf: /temperature takes a number" in error
+    with pytest.raises(SystemExit):
+        main(["chat", runs["reward"]])
+    assert "is a reward model, which scores" in capsys.readouterr().err
 
 
 def test_in_a_terminal_answers_stream_beside_each_other_with_scores_and_a_history(runs, tmp_path):

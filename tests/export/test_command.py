@@ -1,7 +1,9 @@
 """Exports are whole or not there, bad input is one sentence, cards tell what was measured, uploads go in one commit."""
 
 import base64
+import hashlib
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -100,7 +102,7 @@ def test_a_family_that_gguf_does_not_know_is_refused_by_name(capsys, tmp_path):
     assert "not olmo2" in told(capsys, source, "--to", str(tmp_path / "out"), "--format", "gguf")
 
 
-@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("form", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_the_old_export_and_nothing_beside_it(tmp_path, policy, form):
     """Files cannot grow beyond a few bytes in the process, as on a disk without room."""
     to = tmp_path / "out"
@@ -272,7 +274,7 @@ def test_the_card_tells_base_data_config_and_curves_and_is_valid_metadata(tmp_pa
     assert card.data.license == "mit"
     assert card.data.pipeline_tag == "text-classification"
     text = card.content
-    digest = __import__("hashlib").sha256(Path(data_files["pairs"]).read_bytes()).hexdigest()
+    digest = hashlib.sha256(Path(data_files["pairs"]).read_bytes()).hexdigest()
     for part in (
         digest,
         "class_path: lrlhf.RewardModel",
@@ -319,17 +321,19 @@ class Hub(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(answer).encode())
 
 
-def test_an_upload_needs_a_token_and_sends_every_file(capsys, tmp_path, policy, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "no_token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lrlhf.export.hub.get_token", lambda: None)
-        sentence = told(capsys, policy, "--to", str(tmp_path / "out"), "--push-to-hub", "me/model")
+def test_an_upload_needs_a_token_before_anything_is_made(capsys, tmp_path, policy, monkeypatch):
+    monkeypatch.setattr("lrlhf.export.hub.get_token", lambda: None)
+    sentence = told(capsys, policy, "--to", str(tmp_path / "out"), "--push-to-hub", "me/model")
     assert "needs a token of the hub: run hf auth login, or set HF_TOKEN" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_an_upload_sends_every_file(tmp_path, policy):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    environment = {**__import__("os").environ, "HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "lrlhf", "export", policy, "--to", str(tmp_path / "out"), "--push-to-hub"]
     run = subprocess.run([*command, "me/model"], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
