@@ -39,6 +39,8 @@ def handover_in(source: str) -> Path | None:
             return candidate
     if (folder / "config.yaml").is_file() and (folder / "metrics.csv").is_file():
         raise UserError(f"{source} is a run without a hand-over; let its fit finish first.")
+    if runs := sorted(str(found.parent) for found in folder.glob("*/handover")):
+        raise UserError(f"{source} holds several runs; name one: {', '.join(runs)}.")
     if not folder.exists() and "/" in source and (source.count("/") > 1 or folder.parent.is_dir()):
         raise UserError(f"there is no run, hand-over or model {source}.")
     return None

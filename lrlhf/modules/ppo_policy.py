@@ -325,7 +325,7 @@ class PPOPolicy(AlignmentModule):
         return list(self.per_row(sequences, shape, compute).unbind(-1))
 
     def score(self, sequences: Sequences, batch: Prompts) -> Tensor:
-        """Scores [B] fp32 of the responses: the reward model's, or the reward function's.
+        """Scores [B] fp32 of the responses: the reward model's, ours or of others, or the reward function's.
 
         A reward model reads its score at the end-of-sequence token and has seen no response without one; so it reads a
         response that was cut off as if it ended there. What cutting off costs is MissingEOSPenalty's to say.
@@ -334,16 +334,16 @@ class PPOPolicy(AlignmentModule):
             sequences: prompts with their responses.
             batch: the prompts, whose texts a reward function gets.
         """
-        responses = self.decode(sequences.response_ids, sequences.response_mask)
-        if self.foreign:
-            turns = batch.turns or tuple(({"role": "user", "content": text},) for text in batch.texts)
-            talks = [[*t, {"role": "assistant", "content": r}] for t, r in zip(turns, responses, strict=True)]
-            return self.classifier.scores(talks, self.device, self.micro_batch_size)
-        if self.reward_function is None:
+        if self.reward_function is None and not self.foreign:
             ended = append_end(sequences.response_ids, sequences.response_mask, self.stop_ids.to(self.device))
             complete = Sequences(sequences.prompt_ids, sequences.prompt_mask, *ended)
             with self.backbone.role("reward"):
                 return self.per_row(complete, [len(complete)], self.backbone.scores)
+        responses = self.decode(sequences.response_ids, sequences.response_mask)
+        if self.reward_function is None:
+            turns = batch.turns or tuple(({"role": "user", "content": text},) for text in batch.texts)
+            talks = [[*t, {"role": "assistant", "content": r}] for t, r in zip(turns, responses, strict=True)]
+            return self.classifier.scores(talks, self.device, self.micro_batch_size)
         scores = torch.as_tensor(self.reward_function(list(batch.texts), responses), dtype=torch.float32)
         if scores.shape != (len(batch),):
             raise UserError(f"the reward function returned shape {tuple(scores.shape)} for {len(batch)} responses.")

@@ -63,6 +63,7 @@ def test_what_cannot_be_exported_is_one_sentence_and_leaves_no_folder(capsys, tm
     for arguments, sentence in (
         ([str(run)], "a run without a hand-over"),
         ([tiny_llama], "is no run and no hand-over"),
+        ([str(Path(policy).parents[1])], "holds several runs; name one: "),
         ([f"{tmp_path}/nowhere/x"], "there is no run"),
         ([reward], "handed over a reward model; export it with --format reward"),
         ([policy, "--format", "reward"], "handed over a policy model; export it with --format adapter"),
