@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrlhf.errors import UserError
 from lrlhf.evaluation.system import System
-from lrlhf.export.gguf_file import write_gguf
+from lrlhf.export.gguf_file import check_gguf, write_gguf
 from lrlhf.export.templates import chat_template, write_modelfile
 from lrlhf.model.adapters import CONFIG, concatenate, place
 from lrlhf.model.pretrained import as_classifier
@@ -69,7 +69,7 @@ def write_gguf_model(system: System, folder: Path, dtype: str) -> str:
         dtype: float32, float16, bfloat16 or q8_0, of the matrices in the file.
     """
     _trained(system, head=False)
-    write_gguf(system.backbone.model.config, None, system, folder / "model.gguf", dtype)  # refuses before it merges
+    check_gguf(system.backbone.model.config, system)
     model, checked = _merge(system, system.dtype if dtype == "q8_0" else dtype)
     write_gguf(model.config, model.state_dict(), system, folder / "model.gguf", dtype)
     write_modelfile(system, folder)

@@ -29,12 +29,26 @@ SPLITS = {CONTRACTIONS + WORDS % "{1,3}": "llama-bpe", CONTRACTIONS + WORDS % ""
 """Regular expressions by which byte-level tokenizers split text, and llama.cpp's names for them."""
 
 
-def write_gguf(config: Any, tensors: dict[str, Tensor] | None, system: System, path: Path, dtype: str) -> None:
-    """Write a model, tensor by tensor; without tensors only find out whether it can be written.
+def check_gguf(config: Any, system: System) -> None:
+    """Refuse what `write_gguf` would refuse, before a model is merged.
 
     Args:
         config: of the model.
-        tensors: of the merged model, by name; None writes nothing.
+        system: whose tokenizer it has.
+
+    Raises:
+        UserError: a family, a setting or a tokenizer that llama.cpp does not run as transformers does.
+    """
+    _architecture(config)
+    _vocabulary(system, config.vocab_size)
+
+
+def write_gguf(config: Any, tensors: dict[str, Tensor], system: System, path: Path, dtype: str) -> None:
+    """Write a model, tensor by tensor.
+
+    Args:
+        config: of the model.
+        tensors: of the merged model, by name.
         system: whose tokenizer it has; saved in the folder of `path` before.
         path: of the file.
         dtype: of matrices: float32, float16, bfloat16 or q8_0 (8 bits and a scale for each 32 weights). Vectors are
@@ -43,17 +57,15 @@ def write_gguf(config: Any, tensors: dict[str, Tensor] | None, system: System, p
     Raises:
         UserError: a family, a setting or a tokenizer that llama.cpp does not run as transformers does.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("export --format gguf needs the package gguf: pip install 'lrlhf[export]'.") from None
+    import gguf
+
     arch = _architecture(config)
     kind, tokens, types, scores = _vocabulary(system, config.vocab_size)
-    if tensors is None:
-        return
     writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
     heads, head_dim = config.num_attention_heads, _head_dim(config)
-    writer.add_name(path.parent.name)
+    writer.add_name(
+        f"{Path(system.handover.base_model).name}, {system.role_name}" if system.handover else system.source
+    )
     writer.add_context_length(_context(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -90,8 +102,10 @@ def write_gguf(config: Any, tensors: dict[str, Tensor] | None, system: System, p
 
 def _architecture(config: Any) -> Any:
     """llama.cpp's name of the family, if it runs this config as transformers does."""
-    import gguf
-
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("export --format gguf needs the package gguf: pip install 'lrlhf[export]'.") from None
     family = config.model_type
     if family not in FAMILIES:
         raise UserError(
