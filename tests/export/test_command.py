@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lrlhf import Quantization, TextTemplate, UserError
 from lrlhf.__main__ import main
 from lrlhf.evaluation.system import System, prompt_row
+from lrlhf.export import formats
 from lrlhf.export.command import export
 from lrlhf.export.templates import chat_template, write_modelfile
+from lrlhf.model.adapters import concatenate
 from lrlhf.model.pretrained import load_tokenizer
 from lrlhf.run.handover import Handover
 from tests.conftest import save_tiny_llama
@@ -119,6 +121,14 @@ def test_a_full_disk_leaves_the_old_export_and_nothing_beside_it(tmp_path, polic
     assert run.stderr.strip().count("\n") == 0, run.stderr
     assert {path.name: path.read_bytes() for path in to.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_that_is_not_the_role_is_refused_and_not_kept(tmp_path, policy, monkeypatch):
+    """The first adapter of the stack alone, as if the second had been lost on the way."""
+    monkeypatch.setattr(formats, "concatenate", lambda folders, to: concatenate(folders[:1], to))
+    with pytest.raises(UserError, match="log-probs of the export differ by .* from the run's, more than rounding"):
+        export(policy, str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
 # Kinds of adapters and bases

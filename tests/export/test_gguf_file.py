@@ -1,6 +1,7 @@
 """Parts of the GGUF exporter against llama.cpp and transformers: how text is split, rotary scaling, what is refused."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,9 @@ def test_llama_cpp_splits_text_as_each_kind_of_tokenizer_does(tmp_path, serve, k
     save = save_sentencepiece if kind == "sentencepiece" else lambda folder: save_bpe(folder, SPLITS[kind])
     post = serve(export_with(tmp_path, save))
     tokenizer = load_tokenizer(str(tmp_path / "base"))
-    longest = 0
-    for text in TEXTS:
+    longest, letters = 0, random.Random(0)
+    jumbled = ["".join(letters.choices("telmabounrc s", k=14)).strip() for _ in range(40)]  # where merges compete
+    for text in (*TEXTS, *jumbled):
         ids = tokenizer(text)["input_ids"]
         found = post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
         assert found == ids, text
