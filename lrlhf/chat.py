@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lrlhf.cli.messages import CommandParser
+from lrlhf.config import Sampling
 from lrlhf.datamodules.prompts import ChatTemplate
 from lrlhf.errors import UserError
 from lrlhf.evaluation.system import System, prompt_row
@@ -88,7 +89,7 @@ class Chat:
         name, _, value = line.partition(" ")
         if name == "/temperature":
             try:
-                next(iter(self.systems.values())).sampling.__class__(temperature=float(value))
+                Sampling(temperature=float(value))  # refuses what is out of range
             except ValueError:
                 raise UserError(f"/temperature takes a number from 0 up, not {value or 'nothing'}.") from None
             self.changes["temperature"] = float(value)
