@@ -161,7 +161,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class PPO:
+class Updates:
     """How a policy learns from a rollout (arXiv 1707.06347; "the paper" is arXiv 2309.09055)."""
 
     minibatch_size: PositiveInt = 128
@@ -170,23 +170,29 @@ class PPO:
     """Passes over each rollout; 2 in the paper. More learns faster and drifts further."""
     clip_range: PositiveFloat = 0.2
     """PPO's clip of the ratio; 0.2 in the paper."""
+    entropy_coefficient: NonNegativeFloat = 0.0
+    """Bonus for entropy; 0 in the paper."""
+    target_update_kl: PositiveFloat | None = None
+    """Stop the inner epochs when the new policy is further than this from the one that sampled (KL per token); null
+    never stops. 0.02 to 0.1 is usual."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class PPO(Updates):
+    """How a policy and its critic learn from a rollout (arXiv 1707.06347; "the paper" is arXiv 2309.09055)."""
+
     value_clip_range: PositiveFloat = 0.2
     """Clip of the critic's move per rollout; 0.2 in the paper."""
     value_coefficient: NonNegativeFloat = 0.1
     """Weight of the value loss; 0.1 in the paper."""
-    entropy_coefficient: NonNegativeFloat = 0.0
-    """Bonus for entropy; 0 in the paper."""
     discount: ClosedUnitInterval = 1.0
     """Gamma of GAE; 1 in the paper."""
     trace_decay: ClosedUnitInterval = 0.95
     """Lambda of GAE; 0.95 in the paper, 1.0 in AlpacaFarm."""
     whiten_rewards: bool = True
     """Scale rewards to unit variance, keeping their mean, as in the paper."""
-    target_update_kl: PositiveFloat | None = None
-    """Stop the inner epochs when the new policy is further than this from the one that sampled (KL per token); null
-    never stops. 0.02 to 0.1 is usual."""
     critic_warmup: NonNegativeInt = 0
     """Iterations in which only the critic learns."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)

@@ -1,4 +1,4 @@
-"""The batches that data modules hand to modules, and what PPO makes of them.
+"""The batches that data modules hand to modules, and what rollouts make of them.
 
 Axes everywhere: B sequences, P prompt tokens (left-padded), R response tokens (right-padded), H width, V vocabulary.
 The mask is the truth about what counts, never the pad id; other fields are 0 off the mask.
@@ -65,7 +65,7 @@ class Sequences:
 
         def take(name: str) -> Tensor:
             values = getattr(self, name)[index]
-            if values.ndim == 1:
+            if values.ndim == 1 or name == "parts":
                 return values
             return values[:, columns["prompt" if name.startswith("prompt") else "response"]]
 
@@ -89,11 +89,15 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """Pairs of responses to one prompt; the batch that a reward model trains on. margin [B] fp32, 0 where unknown."""
+    """Pairs of responses to one prompt; the batch that a reward model and DPO train on.
+
+    margin [B] fp32, 0 where unknown; numbers [B] int64, the place of each pair among the rows of its view.
+    """
 
     chosen: Sequences
     rejected: Sequences
     margin: Tensor
+    numbers: Tensor
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -105,18 +109,21 @@ class Preferences:
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Preferences]]:
         """Pieces of at most `size` pairs, of similar length, with the index [N] of each. Saves memory only."""
         for index, chosen in self.chosen.micro_batches(size):
-            yield index, Preferences(chosen, self.rejected.rows(index), self.margin[index])
+            yield index, Preferences(chosen, self.rejected.rows(index), self.margin[index], self.numbers[index])
 
     def blank(self) -> Preferences:
         """A pair that means nothing, for passes that only fill up."""
-        return Preferences(self.chosen.blank(), self.rejected.blank(), self.margin.new_zeros(1))
+        zero = self.numbers.new_zeros(1)
+        return Preferences(self.chosen.blank(), self.rejected.blank(), self.margin.new_zeros(1), zero)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
     """Prompts to respond to. texts are the rendered prompts, sources the rows they came from, for reports.
 
-    turns are the conversations as roles and contents, for reward models with a template of their own.
+    turns are the conversations as roles and contents, for reward models with a template of their own; columns what the
+    data's files hold beside the prompt, for reward functions; places where each row stands (file and row). Rows come in
+    groups of `group_size` with one prompt, next to each other.
     """
 
     prompt_ids: Tensor
@@ -124,9 +131,26 @@ class Prompts:
     texts: tuple[str, ...]
     sources: tuple[dict[str, str], ...]
     turns: tuple[tuple[dict[str, str], ...], ...] = ()
+    columns: tuple[dict[str, Any], ...] = ()
+    places: tuple[str, ...] = ()
+    group_size: int = 1
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def groups(self) -> Tensor:
+        """[B] int64, the number of each row's group."""
+        return torch.arange(len(self), device=self.prompt_ids.device) // self.group_size
+
+    def repeat(self, times: int) -> Prompts:
+        """Every prompt `times` times, next to each other: groups of `times` times the size."""
+        fields: dict[str, Any] = {
+            name: tuple(item for item in getattr(self, name) for _ in range(times))
+            for name in ("texts", "sources", "turns", "columns", "places")
+        }
+        fields |= {name: getattr(self, name).repeat_interleave(times, 0) for name in ("prompt_ids", "prompt_mask")}
+        return Prompts(**fields, group_size=times * self.group_size)
 
     def to(self, device: torch.device | str, **options: Any) -> Prompts:
         """Tensors on `device`."""
@@ -141,39 +165,67 @@ class Prompts:
 class Rollout(Sequences):
     """What one sampling pass produced; every tensor without gradient.
 
-    logprobs [B, R] fp32 of the policy that sampled, values [B, R] fp32 before token t, scores [B] fp32 of the whole
-    response.
+    logprobs [B, R] fp32 of the policy that sampled, scores [B] fp32 of the whole response, parts [B, K] fp32: what the
+    score is made of, for the log; groups [B] int64: rows of one number answer one prompt and lie next to each other.
     """
 
     logprobs: Tensor
-    values: Tensor
     scores: Tensor
+    parts: Tensor
+    groups: Tensor
+
+    @property
+    def group_size(self) -> int:
+        """Responses to one prompt."""
+        return int((self.groups == self.groups[0]).long().cumprod(0).sum()) if len(self) else 1
+
+
+@dataclass(frozen=True, slots=True)
+class CriticRollout(Rollout):
+    """A rollout with values [B, R] fp32: the critic's, before token t."""
+
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Experience(Rollout):
-    """A rollout with advantages and returns, both [B, R] fp32: what PPO learns from."""
+    """A rollout with advantages [B, R] fp32: what a policy learns from."""
 
     advantages: Tensor
-    returns: Tensor
 
     def minibatches(self, size: int, generator: torch.Generator, rank: int = 0, world_size: int = 1) -> Iterator[Self]:
         """Shuffled pieces of `size` rows over all processes, one optimizer step each.
 
-        Process `rank` holds every `world_size`-th row of the batch. Each piece takes one row from every residue class
-        modulo `size`, so that all processes have equally many rows of it and it is the same piece for any `world_size`
-        that divides `size`.
+        Process `rank` holds every `world_size`-th group of rows of the batch. Each piece takes one row from every
+        residue class modulo `size`, so that all processes have equally many rows of it and it is the same piece for any
+        `world_size` that divides `size` in whole groups, and for one process always.
 
         Args:
-            size: rows of a piece over all processes; divisible by `world_size`.
+            size: rows of a piece over all processes.
             generator: in the same state in all processes.
             rank: of this process.
             world_size: number of processes.
         """
-        rows = len(self) * world_size
+        rows, group_size = len(self) * world_size, self.group_size
         # [pieces, size]: column r deals out the rows r, r + size, r + 2 size, ... at random, one to each piece (line).
         shuffled = torch.rand(-(-rows // size), size, generator=generator).argsort(0)
         for piece in shuffled * size + torch.arange(size):
-            mine = piece[(piece % world_size == rank) & (piece < rows)] // world_size
+            group, within = piece // group_size, piece % group_size
+            mine = ((group // world_size) * group_size + within)[(group % world_size == rank) & (piece < rows)]
             if len(mine):
                 yield self.rows(mine.to(self.prompt_ids.device))
+
+
+@dataclass(frozen=True, slots=True)
+class CriticExperience(Experience):
+    """With values and returns, both [B, R] fp32: what a critic learns from as well."""
+
+    values: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceExperience(Experience):
+    """With ref_logprobs [B, R] fp32 of the reference: for a divergence that is a term of the loss."""
+
+    ref_logprobs: Tensor

@@ -33,7 +33,8 @@ HOMES = {
     "openai": {"evaluation/endpoint.py"},
     "sklearn": {"evaluation/win_rate.py"},
     "choix": {"evaluation/win_rate.py"},
-    "vaderSentiment": {"rewards.py"},
+    "vaderSentiment": {"rewards/functions.py"},
+    "math_verify": {"rewards/functions.py"},
     "transformers": {"model", "kernels/install.py", "modules/base.py", "memory/rehearsal.py"},
 }
 """Where a big dependency may be imported: files, or whole rooms."""

@@ -3,7 +3,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from lrlhf.types import Experience, Preferences, Prompts, Rollout, Sequences
+from lrlhf.types import CriticExperience, Experience, Preferences, Prompts, Rollout, Sequences
 
 PROMPTS, RESPONSES = torch.tensor([2, 4, 1, 3, 4]), torch.tensor([3, 1, 6, 2, 6])
 P, R = 6, 8
@@ -18,7 +18,7 @@ def experience() -> Experience:
         return (start + torch.arange(mask.numel()).view(mask.shape)).masked_fill(~mask, 0)
 
     floats = [numbered(response_mask, 1000 * i).float() for i in (3, 4, 5, 6)]
-    return Experience(
+    return CriticExperience(
         numbered(prompt_mask, 1000),
         prompt_mask,
         numbered(response_mask, 2000),
@@ -26,6 +26,8 @@ def experience() -> Experience:
         logprobs=floats[0],
         values=floats[1],
         scores=torch.arange(5.0),
+        parts=torch.arange(5.0)[:, None],
+        groups=torch.arange(5),
         advantages=floats[2],
         returns=floats[3],
     )
@@ -34,7 +36,7 @@ def experience() -> Experience:
 def content(batch: Experience, row: int) -> list:
     """What a row says, without its padding."""
     prompt, response = batch.prompt_mask[row], batch.response_mask[row]
-    out = [batch.prompt_ids[row][prompt].tolist(), batch.scores[row].item()]
+    out = [batch.prompt_ids[row][prompt].tolist(), batch.scores[row].item(), batch.parts[row].tolist()]
     names = ["response_ids", "logprobs", "values", "advantages", "returns"]
     return out + [getattr(batch, name)[row][response].tolist() for name in names]
 
@@ -124,7 +126,7 @@ def test_pairs_stay_together_in_micro_batches():
             (batch.prompt_ids, batch.prompt_mask, batch.response_ids.flip(0), batch.response_mask.flip(0)),
         ]
     ]
-    pairs = Preferences(*sequences, margin=torch.arange(5.0))
+    pairs = Preferences(*sequences, margin=torch.arange(5.0), numbers=torch.arange(5))
     seen = []
     for index, piece in pairs.micro_batches(2):
         assert index.tolist() == piece.margin.long().tolist()
@@ -148,7 +150,7 @@ def test_to_moves_every_tensor_and_keeps_the_kind(kind):
 def test_to_moves_both_sides_of_a_preference_and_the_tensors_of_prompts():
     batch = experience()
     sequences = Sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.response_mask)
-    pairs = Preferences(sequences, sequences, torch.zeros(5)).to("meta")
+    pairs = Preferences(sequences, sequences, torch.zeros(5), torch.arange(5)).to("meta")
     assert {x.device.type for x in (pairs.chosen.ids, pairs.rejected.ids, pairs.margin)} == {"meta"}
     prompts = Prompts(batch.prompt_ids, batch.prompt_mask, ("a",) * 5, ({},) * 5).to("meta")
     assert {prompts.prompt_ids.device.type, prompts.prompt_mask.device.type} == {"meta"}

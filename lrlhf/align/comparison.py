@@ -17,9 +17,9 @@ from lrlhf.evaluation.head_to_head import summary
 from lrlhf.evaluation.judges import Judge, annotate, higher
 from lrlhf.evaluation.pairs import Annotation, Pair, write_json
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
-from lrlhf.modules.ppo_policy import RewardFunction
 from lrlhf.report import AFTER, BEFORE, STAGES
 from lrlhf.report.curves import read_curves
+from lrlhf.rewards import RewardFunction
 from lrlhf.run.checkpoints import load, newest_checkpoint
 from lrlhf.types import Prompts, Sequences
 

@@ -15,7 +15,7 @@ from lrlhf.errors import UserError
 from lrlhf.functional import kl
 from lrlhf.functional.divergence import Divergence
 from lrlhf.functional.masked import masked_mean
-from lrlhf.modules.ppo_policy import PPOPolicy
+from lrlhf.modules.policy import PolicyModule
 from lrlhf.modules.rollout_callback import RolloutCallback, stage
 from lrlhf.types import Rollout, Sequences
 
@@ -85,10 +85,13 @@ class DivergenceCallback(RolloutCallback):
         """
         if sum(isinstance(c, DivergenceCallback) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise UserError("two DivergenceCallbacks would penalise twice; keep one, with also_log for the others.")
-        if not hasattr(pl_module, "divergences"):
-            raise UserError(f"DivergenceCallback works with PPOPolicy; {type(pl_module).__name__} makes no rollouts.")
+        if not hasattr(pl_module, "shape_rewards"):
+            raise UserError(
+                f"DivergenceCallback works with modules that make rollouts, such as lrlhf.PPOPolicy; "
+                f"{type(pl_module).__name__} makes none."
+            )
 
-    def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
+    def shape_rewards(self, trainer: L.Trainer, policy: PolicyModule, rollout: Rollout, rewards: Tensor) -> Tensor:
         """Subtract the penalty, log it, and move the coefficient if it adapts."""
         mask = rollout.response_mask
         values = measure(policy, rollout, rollout.logprobs, (self.divergence, *self.also_log))
@@ -120,7 +123,7 @@ class DivergenceCallback(RolloutCallback):
 
 
 def measure(
-    policy: PPOPolicy, sequences: Sequences, logprobs: Tensor, functions: Iterable[Divergence]
+    policy: PolicyModule, sequences: Sequences, logprobs: Tensor, functions: Iterable[Divergence]
 ) -> dict[str, Tensor]:
     """Divergences by name, each [B, R] and 0 off the mask; no reference pass that no function needs.
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from lrlhf.config import check_ranges
 from lrlhf.distributed import total, total_number
 from lrlhf.functional import last_true
-from lrlhf.modules.ppo_policy import PPOPolicy
 from lrlhf.modules.rollout_callback import RolloutCallback
+from lrlhf.modules.rollouts import RolloutModule
 from lrlhf.types import Rollout
 
 
@@ -27,7 +27,7 @@ class MissingEOSPenalty(RolloutCallback):
         self.penalty = penalty
         check_ranges(self)
 
-    def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
+    def shape_rewards(self, trainer: L.Trainer, policy: RolloutModule, rollout: Rollout, rewards: Tensor) -> Tensor:
         """A response ends if its last token is one of the policy's stop tokens."""
         last = last_true(rollout.response_mask)
         ended = torch.isin(rollout.response_ids, policy.stop_ids.to(rewards.device))
@@ -41,7 +41,7 @@ class RewardLimit(RolloutCallback):
         self.limit = limit
         check_ranges(self)
 
-    def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
+    def shape_rewards(self, trainer: L.Trainer, policy: RolloutModule, rollout: Rollout, rewards: Tensor) -> Tensor:
         """Applied where it stands in the list of callbacks."""
         return rewards.clamp(-self.limit, self.limit)
 
@@ -60,7 +60,7 @@ class NormalizeScores(RolloutCallback):
         self.center = center
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
-    def shape_rewards(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> Tensor:
+    def shape_rewards(self, trainer: L.Trainer, policy: RolloutModule, rollout: Rollout, rewards: Tensor) -> Tensor:
         """Moves the score at the last token; what other callbacks added stays."""
         scores = rollout.scores
         if trainer.training:

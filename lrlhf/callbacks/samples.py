@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lrlhf.modules.ppo_policy import PPOPolicy
 from lrlhf.modules.rollout_callback import RolloutCallback, stage
+from lrlhf.modules.rollouts import RolloutModule
 from lrlhf.types import Rollout
 
 
@@ -42,7 +42,7 @@ class SampleLog(RolloutCallback):
         """Take up the size that the file had when the checkpoint was written."""
         self._written = state_dict["written"]
 
-    def on_rollout_end(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> None:
+    def on_rollout_end(self, trainer: L.Trainer, policy: RolloutModule, rollout: Rollout, rewards: Tensor) -> None:
         """One JSON line a response."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return

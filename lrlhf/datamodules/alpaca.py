@@ -1,10 +1,12 @@
-"""AlpacaDataModule: one class, three views of the data, shared by SFT, RewardModel and PPOPolicy."""
+"""AlpacaDataModule: one class, three views of the data, shared by all modules."""
 
 import hashlib
 import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +17,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lrlhf.config import check_ranges
-from lrlhf.datamodules.collate import Tokenized, collate_preferences, collate_prompts, collate_sequences
+from lrlhf.datamodules.collate import (
+    Tokenized,
+    collate_groups,
+    collate_preferences,
+    collate_prompts,
+    collate_sequences,
+)
 from lrlhf.datamodules.containers import BadRow
 from lrlhf.datamodules.formats import Reading, Row, read_rows
 from lrlhf.datamodules.prompts import AlpacaTemplate, Template, encode_prompt, special_tokens
@@ -50,7 +58,10 @@ class AlpacaDataModule(L.LightningDataModule):
             rest. A stable hash of the prompt decides, so that no prompt lies in two splits.
         train_split: the share to train on; None takes all rows.
         val_split: the share to validate on where `val` is None.
-        batch_size: rows of one optimizer step (SFT, reward) or of one rollout (PPO), over all processes.
+        batch_size: rows of one optimizer step (SFT, reward model, DPO) or responses of one rollout (PPO and the other
+            methods with rollouts), over all processes.
+        responses_per_prompt: responses of a rollout to each of its prompts, so that there are batch_size divided by it
+            prompts in one; RLOO and GRPO compare them. Training only.
         val_batch_size: rows of a validation batch.
         max_prompt_tokens: rows with longer prompts are left out and counted, never cut; 192 in the paper.
         max_response_tokens: the same for responses; 300 in the paper.
@@ -80,6 +91,7 @@ class AlpacaDataModule(L.LightningDataModule):
         train_split: str | None = None,
         val_split: str | None = None,
         batch_size: PositiveInt = 128,
+        responses_per_prompt: PositiveInt = 1,
         val_batch_size: PositiveInt = 32,
         max_prompt_tokens: PositiveInt = 192,
         max_response_tokens: PositiveInt = 300,
@@ -109,10 +121,13 @@ class AlpacaDataModule(L.LightningDataModule):
         self.template = template or AlpacaTemplate()
         self.splits, self.train_split, self.val_split = splits, train_split, val_split
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.responses_per_prompt = responses_per_prompt
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.limit, self.val_limit = limit, val_limit
         self.group_by_length, self.num_workers = group_by_length, num_workers
         check_ranges(self)
+        if task != "prompts" and responses_per_prompt > 1:
+            raise UserError(f"data.responses_per_prompt={responses_per_prompt} is for rollouts, and {task} has none.")
         self.reading = Reading(columns or {}, encoding, verdicts, margin_from_scores, good_only)
         self.on_bad_row = on_bad_row
         self.rows: dict[str, list[Tokenized]] = {}
@@ -159,13 +174,20 @@ class AlpacaDataModule(L.LightningDataModule):
         world = self.trainer.world_size if self.trainer else 1
         if self.batch_size % world:
             raise UserError(f"data.batch_size={self.batch_size} does not divide among {world} processes.")
-        prompts = self.task == "prompts"
-        if prompts and len(self.rows["train"]) < self.batch_size:
+        prompts, group = self.task == "prompts", self.responses_per_prompt
+        if self.batch_size % (group * world):
             raise UserError(
-                f"data.batch_size={self.batch_size} is more than the {len(self.rows['train'])} prompts of data.train; "
-                "choose a smaller one."
+                f"data.responses_per_prompt={group} does not divide data.batch_size={self.batch_size} into whole groups"
+                + (f" among {world} processes." if world > 1 else ".")
             )
-        return self._loader("train", self.batch_size, self.group_by_length and not prompts, True, prompts)
+        size = self.batch_size // group
+        if prompts and len(self.rows["train"]) < size:
+            raise UserError(
+                f"data.batch_size={self.batch_size} is more than the {len(self.rows['train'])} prompts of data.train"
+                + (f" times data.responses_per_prompt={group}" if group > 1 else "")
+                + "; choose a smaller one."
+            )
+        return self._loader("train", size, self.group_by_length and not prompts, True, prompts)
 
     def val_dataloader(self) -> DataLoader | list:
         """In the order of the file; no loader where there are no validation rows."""
@@ -203,6 +225,7 @@ class AlpacaDataModule(L.LightningDataModule):
         self, view: str, batch_size: int, grouped: bool = False, shuffle: bool = False, drop_last: bool = False
     ) -> DataLoader:
         rows: Any = self.rows[view]
+        group = self.responses_per_prompt if view == "train" else 1
         position = {"seed": gather_objects(torch.initial_seed())[0], "epoch": 0, "start": 0}
         if view == "train":
             position, self._position = self._position or position, None
@@ -222,7 +245,7 @@ class AlpacaDataModule(L.LightningDataModule):
         return DataLoader(
             rows,
             batch_sampler=sampler,
-            collate_fn=COLLATE[self.task],
+            collate_fn=partial(collate_groups, times=group) if group > 1 else COLLATE[self.task],
             num_workers=self.num_workers,
             generator=torch.Generator(),
         )
@@ -238,7 +261,8 @@ class AlpacaDataModule(L.LightningDataModule):
             rows = take_split(rows, self.splits, split)
         need = 0 if name == "predict" and self.task == "sft" else RESPONSES[self.task]
         tokenized = [kept for row in rows if (kept := self._tokenize(row, need)) is not None]
-        return tokenized if name == "train" else tokenized[: self.val_limit]
+        kept_rows = tokenized if name == "train" else tokenized[: self.val_limit]
+        return [replace(row, number=number) for number, row in enumerate(kept_rows)]
 
     def _read(self, sources: str | list[str] | None) -> list[Row]:
         left_out: Counter[tuple[str, str]] = Counter()
@@ -302,7 +326,7 @@ class AlpacaDataModule(L.LightningDataModule):
             return None
         source = {"instruction": row.messages[-1][1], "dataset": row.dataset}
         turns = tuple({"role": turn[0], "content": turn[1]} for turn in row.messages)
-        return Tokenized(prompt, responses, row.margin, text, source, turns)
+        return Tokenized(prompt, responses, row.margin, text, source, turns, row.columns, row.place)
 
     def _plain_ids(self, text: str) -> list[int]:
         """Token ids of a text, in which what looks like a special token is text."""

@@ -1,7 +1,8 @@
 """Tokenised rows into padded batches: prompts padded on the left, responses on the right."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ class Tokenized:
     text: str
     source: dict[str, str]
     turns: tuple[dict[str, str], ...] = ()
+    columns: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
+    number: int = 0
 
     @property
     def length(self) -> int:
@@ -52,11 +56,18 @@ def collate_sequences(rows: Sequence[Tokenized], response: int = 0) -> Sequences
 def collate_preferences(rows: Sequence[Tokenized]) -> Preferences:
     """Pairs: the first response is the chosen one."""
     margin = torch.tensor([row.margin for row in rows], dtype=torch.float32)
-    return Preferences(collate_sequences(rows, 0), collate_sequences(rows, 1), margin)
+    numbers = torch.tensor([row.number for row in rows], dtype=torch.long)
+    return Preferences(collate_sequences(rows, 0), collate_sequences(rows, 1), margin, numbers)
 
 
 def collate_prompts(rows: Sequence[Tokenized]) -> Prompts:
-    """Prompts alone, with their texts, source rows and turns."""
+    """Prompts alone, with their texts, source rows, turns, columns and places."""
     ids, mask = pad([row.prompt for row in rows], left=True)
-    columns = ([getattr(row, name) for row in rows] for name in ("text", "source", "turns"))
-    return Prompts(ids, mask, *map(tuple, columns))
+    names = {"texts": "text", "sources": "source", "turns": "turns", "columns": "columns", "places": "place"}
+    columns: Any = {theirs: tuple(getattr(row, ours) for row in rows) for theirs, ours in names.items()}
+    return Prompts(ids, mask, **columns)
+
+
+def collate_groups(rows: Sequence[Tokenized], times: int) -> Prompts:
+    """Prompts alone, each `times` times, next to each other."""
+    return collate_prompts(rows).repeat(times)

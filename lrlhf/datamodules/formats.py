@@ -17,7 +17,7 @@ row is refused; other columns are named once.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lrlhf.datamodules.containers import BadRow, read_records
@@ -53,7 +53,8 @@ class Row:
     """One row, whatever its layout was.
 
     messages are turns (role, content[, more]) that end with the user's; instruction and input are kept where the row
-    had them. responses: none (a prompt), one (to imitate), or two (chosen, rejected).
+    had them. responses: none (a prompt), one (to imitate), or two (chosen, rejected). columns: all others that hold
+    something, as they are, for reward functions.
     """
 
     messages: tuple[Turn, ...]
@@ -63,6 +64,7 @@ class Row:
     margin: float
     place: str
     dataset: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def read_rows(
             ):
                 raise BadRow("a text holds half of a surrogate pair, which is no character")
             unused |= columns.unused()
-            yield row
+            yield replace(row, columns=columns.beside())
         except LeftOut as reason:
             if counts is not None:
                 counts[source, str(reason)] += 1
@@ -183,6 +185,10 @@ class Columns:
     def first(self, names: tuple[str, ...]) -> str | None:
         """The first of several that is given."""
         return next((name for name in names if self.given(name)), None)
+
+    def beside(self) -> dict[str, Any]:
+        """What is given beside the prompt: a reward function may ask for it by name."""
+        return {str(name): value for name, value in self.values.items() if self.given(name) and name not in MATTERS}
 
     def unused(self) -> set[str]:
         """Columns with something in them that nobody looked at."""

@@ -16,8 +16,8 @@ from lrlhf.evaluation.head_to_head import measure
 from lrlhf.evaluation.judges import Judge, Order, annotate, higher
 from lrlhf.evaluation.pairs import Annotation, Pair
 from lrlhf.model.sharding import gathered
-from lrlhf.modules.ppo_policy import PPOPolicy
 from lrlhf.modules.rollout_callback import RolloutCallback
+from lrlhf.modules.rollouts import RolloutModule
 from lrlhf.types import Prompts, Rollout, Sequences
 
 LOGGED = ("win_rate", "length_controlled_win_rate", "model_length", "reference_length")
@@ -61,7 +61,7 @@ class WinRateCallback(RolloutCallback):
         """Nothing is judged yet."""
         self._judged = []
 
-    def on_rollout_end(self, trainer: L.Trainer, policy: PPOPolicy, rollout: Rollout, rewards: Tensor) -> None:
+    def on_rollout_end(self, trainer: L.Trainer, policy: RolloutModule, rollout: Rollout, rewards: Tensor) -> None:
         """Keep the validation's rollout until its prompts are at hand."""
         self._rollout = None if trainer.training or not self._due(trainer) else rollout
 
@@ -77,7 +77,7 @@ class WinRateCallback(RolloutCallback):
         """Pair the policy's responses with the reference's."""
         if self._rollout is None:
             return
-        policy: PPOPolicy = pl_module
+        policy: RolloutModule = pl_module
         rollout, self._rollout = self._rollout, None
         if batch_idx not in self._references:
             with gathered(policy.backbone):

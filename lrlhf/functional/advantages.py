@@ -1,4 +1,4 @@
-"""Advantages and returns by generalised advantage estimation."""
+"""Advantages: by generalised estimation with a critic, or by comparing the responses to one prompt."""
 
 import torch
 from torch import Tensor
@@ -31,3 +31,41 @@ def generalized_advantages(
         advantage = error + discount * trace_decay * advantage
         advantages[:, t], next_value = advantage, values[:, t]
     return advantages, advantages + values
+
+
+def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
+    """A_i = s_i - mean of the OTHER scores of its group: the baseline does not depend on the response it judges.
+
+    So it leaves the policy gradient unbiased. Kool et al., "Buy 4 REINFORCE samples, get a baseline for free!" (2019);
+    RLOO in Ahmadian et al., "Back to basics" (arXiv 2402.14740), section 2.3.
+
+    Args:
+        scores: [B] float, groups next to each other.
+        group_size: n >= 2, divides B.
+
+    Returns:
+        [B]; sums to 0 over each group.
+    """
+    groups = scores.view(-1, group_size)
+    return (group_size / (group_size - 1) * (groups - groups.mean(1, keepdim=True))).flatten()
+
+
+def group_normalized(scores: Tensor, group_size: int, *, scale: bool = True, epsilon: float = 1e-4) -> Tensor:
+    """A_i = (s_i - mean) / (deviation + epsilon) over its group; without the division if not `scale`.
+
+    GRPO: Shao et al., "DeepSeekMath" (arXiv 2402.03300), section 4.1.2, with the sample deviation (n - 1) of its
+    implementations. Dividing weighs prompts up whose responses score alike, very easy and very hard ones: Liu et al.,
+    "Understanding R1-Zero-like training" (Dr. GRPO, arXiv 2503.20783), section 3.1, leave it out.
+
+    Args:
+        scores: [B] float, groups next to each other.
+        group_size: n >= 2, divides B.
+        scale: divide by the deviation.
+        epsilon: guards a group of equal scores, whose advantages are 0.
+
+    Returns:
+        [B]; sums to 0 over each group.
+    """
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + epsilon) if scale else centred).flatten()

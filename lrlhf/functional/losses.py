@@ -1,27 +1,36 @@
-"""The losses of the three stages, per token or per pair: the caller divides once by a global count."""
+"""The losses, per token, per response or per pair: the caller divides once by a global count."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_range: float = 0.2) -> Tensor:
-    """PPO's clipped surrogate: max(-A * ratio, -A * clip(ratio, 1 - c, 1 + c)), ratio = exp(logprobs - old_logprobs).
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+) -> Tensor:
+    """PPO's clipped surrogate: max(-A * ratio, -A * clip(ratio, 1 - c, 1 + c')), ratio = exp(logprobs - old_logprobs).
 
     Schulman et al., "Proximal policy optimization" (2017), equation 7.
 
     Args:
-        logprobs: [B, R] of the policy that learns.
-        old_logprobs: [B, R] of the policy that sampled; no gradient.
-        advantages: [B, R]; no gradient.
+        logprobs: [B, R] of the policy that learns, per token; or [B] of whole responses, as in RLOO.
+        old_logprobs: of the policy that sampled, same shape; no gradient.
+        advantages: same shape; no gradient.
         clip_range: c; how far a token's probability may move per rollout and still be rewarded. 0.2 in the paper;
             0.1 to 0.3 is usual.
+        clip_range_high: c', of increases alone; None takes c. "Clip-higher" in DAPO (arXiv 2503.14476), 0.28 there.
 
     Returns:
-        [B, R], per token.
+        Same shape.
     """
     ratio = torch.exp(logprobs - old_logprobs)
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    clipped = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float = 0.2) -> Tensor:

@@ -87,10 +87,11 @@ def read(cli: ConfigCLI, *, gpu: bool = False, four_models: bool = False) -> Job
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     divergences = [c["init_args"] for c in callbacks if c["class_path"].endswith("DivergenceCallback")]
     named = [name for d in divergences for name in (d.get("divergence"), *(d.get("also_log") or []))]
+    samples = bool({"ppo", "updates"} & settings.keys())
     return Job(
         model={"class_path": model["class_path"], "init_args": settings},
         prompt_tokens=data["max_prompt_tokens"],
-        response_tokens=settings["sampling"]["max_new_tokens"] if "ppo" in settings else data["max_response_tokens"],
+        response_tokens=settings["sampling"]["max_new_tokens"] if samples else data["max_response_tokens"],
         batch_size=data["batch_size"],
         devices=_devices(trainer["devices"]) * int(trainer.get("num_nodes") or 1),
         gather=_gather(trainer["strategy"]),
@@ -158,7 +159,7 @@ def _title(job: Job) -> str:
         f"{job.model['class_path'].rpartition('.')[2]}, {lora} on {job['base_model']} in {kind}, {devices}{sharded}\n"
         f"{job.batch_size} rows of up to {job.prompt_tokens} + {job.response_tokens} tokens, micro-batches of "
         f"{job['micro_batch_size']}"
-        + (f", {job['sampling.batch_size']} answered together" if "ppo" in job.model["init_args"] else "")
+        + (f", {job['sampling.batch_size']} answered together" if job.has_rollouts else "")
         + (", gradient checkpointing" if job["gradient_checkpointing"] else "")
     )
 

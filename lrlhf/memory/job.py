@@ -36,9 +36,19 @@ class Job:
         return -(-self.batch_size // self.devices)
 
     @property
+    def has_rollouts(self) -> bool:
+        """Whether the module samples and scores responses."""
+        return bool({"ppo", "updates"} & self.model["init_args"].keys())
+
+    @property
+    def minibatch_key(self) -> str:
+        """The setting that says how many responses one optimizer step takes."""
+        return f"{'ppo' if 'ppo' in self.model['init_args'] else 'updates'}.minibatch_size"
+
+    @property
     def minibatch_rows(self) -> int:
         """Rows of one optimizer step on one device."""
-        return -(-self["ppo.minibatch_size"] // self.devices) if "ppo" in self.model["init_args"] else self.rows
+        return -(-self[self.minibatch_key] // self.devices) if self.has_rollouts else self.rows
 
     def __getitem__(self, key: str) -> Any:
         """A setting of the module by its key, dots for nested ones."""

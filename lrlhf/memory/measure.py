@@ -31,7 +31,7 @@ def small(job: Job) -> Job:
         raise UserError("plan: --measure runs on one device; add --trainer.devices 1 --trainer.strategy auto.")
     rows = 2 * min(job["micro_batch_size"], job.minibatch_rows)
     job = replace(job, batch_size=rows)
-    return job.change("ppo.minibatch_size", rows) if "ppo" in job.model["init_args"] else job
+    return job.change(job.minibatch_key, rows) if job.has_rollouts else job
 
 
 def measure(job: Job) -> dict[Phase, int]:
@@ -42,7 +42,7 @@ def measure(job: Job) -> dict[Phase, int]:
     prompting = module.task == "prompts"
     batch: Any = prompts(job.rows, job) if prompting else sequences(job.rows, job)
     if module.task == "preference":
-        batch = Preferences(batch, batch, torch.zeros(job.rows))
+        batch = Preferences(batch, batch, torch.zeros(job.rows), torch.arange(job.rows))
     loader: Any = DataLoader([batch, batch], batch_size=None)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(

@@ -6,7 +6,7 @@ On fake tensors it tells what memory each phase takes; on real ones (`measure`) 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +30,9 @@ from lrlhf.model.classifier import is_classifier
 from lrlhf.model.generation import choose
 from lrlhf.model.pretrained import first_line
 from lrlhf.modules.base import AlignmentModule
+from lrlhf.modules.reward_source import RewardSource
 from lrlhf.run.handover import Handover
-from lrlhf.types import Experience, Preferences, Prompts, Rollout, Sequences
+from lrlhf.types import CriticExperience, Experience, Preferences, Prompts, Sequences
 
 Phase = Literal["load", "rollout", "score", "update", "checkpoint"]
 Bytes = dict[Phase, dict[str, int]]
@@ -107,13 +108,12 @@ def build(job: Job) -> Any:
             "plan with model.reward_function, and add the size of its weights."
         )
     values |= dict.fromkeys(folders)
-    if "ppo" in values:
+    if job.has_rollouts:
         values["reward_function"] = f"{__name__}.no_reward"
     module: Any = instantiate(settings)
-    for name, folder in folders.items():
-        setattr(module, name, folder)
+    module.sft = folders.get("sft")
     if folders.get("reward_model"):
-        module.reward_function = None
+        module.source = RewardSource(type(module).__name__, folders["reward_model"], None, values.get("aggregate"))
     below = ("sft",) if folders.get("sft") else ()
     above = (*below, "reward") if module.lora else ()
     stacks = {"sft": ("sft", below, False), "reward_model": ("reward", above, True)}
@@ -173,11 +173,18 @@ def prompts(rows: int, job: Job) -> Prompts:
     return Prompts(long.prompt_ids, long.prompt_mask, ("",) * rows, ({},) * rows)
 
 
-def experience(rows: int, job: Job) -> Experience:
-    """What a rollout of such rows would leave."""
+def experience(rows: int, job: Job, kind: type[Experience] = CriticExperience) -> Experience:
+    """What a rollout of such rows would leave.
+
+    Args:
+        rows: how many.
+        job: for the lengths.
+        kind: of experience that the module learns from.
+    """
     text = sequences(rows, job)
-    tokens = {name: torch.zeros(rows, job.response_tokens) for name in ("logprobs", "values", "advantages", "returns")}
-    return Experience.of(text, **tokens, scores=torch.zeros(rows))
+    beside = {"scores": torch.zeros(rows), "parts": torch.zeros(rows, 0), "groups": torch.arange(rows)}
+    names = {field.name for field in fields(kind)} - {field.name for field in fields(Sequences)} - beside.keys()
+    return kind.of(text, **beside, **{name: torch.zeros(rows, job.response_tokens) for name in names})
 
 
 def rehearse(job: Job) -> tuple[Bytes, Base]:
@@ -267,7 +274,7 @@ def _moments(module: AlignmentModule, job: Job, ledger: Ledger) -> Iterator[tupl
     ledger.own("optimizer", [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)])
     optimizer.zero_grad()
     batch: Any = experience(job.rows, job)
-    ledger.own("batch", [getattr(batch, name) for name in (*Sequences.__slots__, *Rollout.__slots__, "returns")])
+    ledger.own("batch", [getattr(batch, field.name) for field in fields(batch)])
     if module.task == "prompts":
         for kinds in _rollout(module, job, ledger):
             yield "rollout", kinds
@@ -354,11 +361,11 @@ def _losses(module: Any, job: Job) -> Iterator[Tensor]:
     """Of one micro-batch in each role that trains."""
     rows = min(module.micro_batch_size, job.minibatch_rows)
     if module.task == "prompts":
-        yield from module.losses(experience(rows, job), Means(), Means())
+        yield from module.losses(experience(rows, job, module.experience_type), Means(), Means())
         return
     with module.backbone.role(module.role):
         text = sequences(rows, job)
         if module.task == "sft":
             yield module.negative_log_likelihood(text).sum()
         else:
-            yield module.pair_loss(Preferences(text, text, torch.zeros(rows))).sum()
+            yield module.pair_loss(Preferences(text, text, torch.zeros(rows), torch.arange(rows))).sum()

@@ -244,12 +244,15 @@ class Backbone(nn.Module):
         prefix = shared_prefix(prompt_ids, prompt_mask)
         return prefix if prefix * (len(prompt_ids) - 1) >= WORTH_SHARING else 0
 
-    def prefill(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Begin to sample: run the prefix that all prompts share into a cache, once, and say what is left to run.
+    def prefill(self, ids: Tensor, mask: Tensor, group_size: int = 1) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Begin to sample: run what prompts share into a cache, once, and say what is left to run.
+
+        The prefix of all prompts runs once for all of them; then, of each group, all but the last token of its prompt.
 
         Args:
             ids: [B, P] int64, left-padded prompts.
             mask: [B, P] bool.
+            group_size: rows next to each other that hold one prompt.
 
         Returns:
             For `next_token_logits`: ids [B, N] that have not run, mask [B, S] over cached and new tokens, positions
@@ -257,6 +260,14 @@ class Backbone(nn.Module):
         """
         if self.by_length:
             return ids, mask, position_ids(mask), own_cache(self._current())
+        if group_size > 1 and ids.shape[1] > 1:
+            first_of_each = slice(None, None, group_size)
+            left = self.prefill(ids[first_of_each, :-1], mask[first_of_each, :-1])
+            self.next_token_logits(*left)
+            _, seen, _, cache = left
+            cache.batch_repeat_interleave(group_size)
+            seen = torch.cat([seen.repeat_interleave(group_size, 0), mask[:, -1:]], dim=1)
+            return ids[:, -1:], seen, position_ids(mask)[:, -1:], cache
         positions, cache = position_ids(mask), DynamicCache()
         prefix = 0 if self.synchronised else self._worth_sharing(ids, mask)  # a pass more, which others may not make
         if not prefix:

@@ -50,6 +50,7 @@ def respond(
     sampling: Sampling,
     stop_ids: Tensor,
     generator: torch.Generator,
+    group_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Responses of the backbone's current role to this process's rows of a batch, `sampling.batch_size` at a time.
 
@@ -57,26 +58,27 @@ def respond(
 
     Args:
         backbone: inside `with backbone.role(...)`.
-        prompt_ids: [B, P] int64, left-padded; process i holds rows i, i + n, i + 2n, ... of n processes' batch.
+        prompt_ids: [B, P] int64, left-padded; process i holds groups i, i + n, i + 2n, ... of n processes' batch.
         prompt_mask: [B, P] bool.
         sampling: temperature and limits.
         stop_ids: [S] int64, the tokens that end a response.
         generator: in the same state in all processes.
+        group_size: rows next to each other that hold one prompt, which then runs once.
 
     Returns:
         response_ids [B, R] int64, 0 off the mask, and response_mask [B, R] bool, R <= max_new_tokens.
     """
-    rows, world, size = len(prompt_ids), distributed.world_size(), sampling.batch_size
+    rows, world, group = len(prompt_ids), distributed.world_size(), group_size
+    size = max(1, sampling.batch_size // group) * group
     every = torch.rand(distributed.largest(rows) * world, sampling.max_new_tokens, generator=generator)
-    columns = (prompt_ids, prompt_mask, every[distributed.rank() :: world][:rows].to(prompt_ids.device))
+    mine = every.view(-1, group, sampling.max_new_tokens)[distributed.rank() :: world].flatten(0, 1)[:rows]
+    columns = (prompt_ids, prompt_mask, mine.to(prompt_ids.device))
     pieces = list(zip(*(x.split(size) for x in columns), strict=True)) if rows else []
     if backbone.synchronised:
-        blank = tuple(x.new_ones(1, x.shape[1]) for x in columns)
+        blank = tuple(x.new_ones(group, x.shape[1]) for x in columns)
         pieces += [blank] * distributed.missing_passes(len(pieces))
-    sampled = [
-        sample_responses(backbone, ids, mask, sampling=sampling, stop_ids=stop_ids, uniforms=uniforms)
-        for ids, mask, uniforms in pieces
-    ]
+    settings: Any = {"sampling": sampling, "stop_ids": stop_ids, "group_size": group}
+    sampled = [sample_responses(backbone, ids, mask, uniforms=uniforms, **settings) for ids, mask, uniforms in pieces]
     responses = [(ids, mask) for piece in sampled for ids, mask in zip(*piece, strict=True)][:rows]
     if not responses:
         return prompt_ids.new_zeros(0, 1), prompt_mask.new_zeros(0, 1)
@@ -93,6 +95,7 @@ def sample_responses(
     sampling: Sampling,
     stop_ids: Tensor,
     uniforms: Tensor,
+    group_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Responses of the backbone's current role.
 
@@ -104,6 +107,7 @@ def sample_responses(
         stop_ids: [S] int64, the tokens that end a response.
         uniforms: [B, max_new_tokens] in [0, 1), all the randomness there is: a response depends on its own row alone,
             not on how the batch is cut or on when others end.
+        group_size: rows next to each other that hold one prompt, which then runs once.
 
     Returns:
         response_ids [B, R] int64, 0 off the mask, and response_mask [B, R] bool, R <= max_new_tokens.
@@ -113,7 +117,7 @@ def sample_responses(
     rows, device = len(prompt_ids), prompt_ids.device
     tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
     active = torch.arange(rows, device=device)
-    ids, mask, positions, cache = backbone.prefill(prompt_ids, prompt_mask)
+    ids, mask, positions, cache = backbone.prefill(prompt_ids, prompt_mask, group_size)
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     for step in range(sampling.max_new_tokens):
         logits = backbone.next_token_logits(ids, mask, positions, cache)

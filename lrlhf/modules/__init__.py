@@ -1,4 +1,4 @@
-"""The three stages as LightningModules."""
+"""The stages as LightningModules: supervised fine-tuning, reward models, and the methods that move a policy."""
 
 from lrlhf.modules.ppo_policy import PPOPolicy
 from lrlhf.modules.reward_model import RewardModel

@@ -411,6 +411,7 @@ class AlignmentModule(L.LightningModule):
                 sampling=self.sampling,
                 stop_ids=self.stop_ids.to(self.device),
                 generator=generator(self.seed, "sampling", *place),
+                group_size=prompts.group_size,
             )
 
     def predict_step(self, batch: Prompts, batch_idx: int) -> list[dict[str, str]]:
@@ -484,11 +485,8 @@ class AlignmentModule(L.LightningModule):
         with gathered(self.backbone, always=True):
             if self.trainer.is_global_zero:
                 try:
-                    Handover.write(
+                    self.write_handover(
                         folder,
-                        self.backbone,
-                        self.role,
-                        self.tokenizer,
                         base_model=self.base_model,
                         dtype=self.dtype_name,
                         template=self.template_fingerprint(),
@@ -499,3 +497,12 @@ class AlignmentModule(L.LightningModule):
                         "this and start the same command (lrlhf fit --config ...) again, which writes the folder alone."
                     ) from error
         rank_zero_info(f"Handed over the {self.role} role in {folder}")
+
+    def write_handover(self, folder: Path, **about: Any) -> None:
+        """Save what was trained.
+
+        Args:
+            folder: to write.
+            about: base, dtype and template, for the manifest.
+        """
+        Handover.write(folder, self.backbone, self.role, self.tokenizer, **about)

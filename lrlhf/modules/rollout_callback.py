@@ -1,4 +1,4 @@
-"""The hook through which penalties, bonuses and other rewards reach PPO."""
+"""The hook through which penalties, bonuses and other rewards reach a method with rollouts."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lrlhf.types import Rollout
 
 
 class RolloutCallback(L.Callback):
-    """Subclass it and implement one method; PPOPolicy (`policy`) folds the rewards over its callbacks in list order."""
+    """Subclass it and implement one method; the module (`policy`) folds rewards over its callbacks in list order."""
 
     def shape_rewards(self, trainer: L.Trainer, policy: Any, rollout: Rollout, rewards: Tensor) -> Tensor:
         """Rewards [B, R] in, NEW rewards [B, R] out; also called in validation (see trainer.training)."""

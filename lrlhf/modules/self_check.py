@@ -164,21 +164,24 @@ def check_trainable(backbone: Backbone, trained: Sequence[str]) -> str:
     return f"In each of {', '.join(trained)} exactly its own parameters train, in other roles none."
 
 
-def check_reward_model(backbone: Backbone, tokenizer: Any, handover: Handover, dtype: str) -> str | None:
+def check_reward_model(
+    backbone: Backbone, tokenizer: Any, handover: Handover, dtype: str, role: str = "reward"
+) -> str | None:
     """The reward model scores the probe text as its manifest says.
 
     Args:
-        backbone: with the role `reward`.
+        backbone: with the role.
         tokenizer: of the base.
         handover: that the reward model came from.
         dtype: of the base here.
+        role: of the reward model.
 
     Raises:
         UserError: it does not.
     """
     if handover.probe_score is None:
         return None
-    score = score_probe(backbone, "reward", tokenizer)
+    score = score_probe(backbone, role, tokenizer)
     tolerance = max(TOLERANCE[handover.dtype], TOLERANCE[dtype])
     if abs(score - handover.probe_score) > tolerance * max(1.0, abs(handover.probe_score)):
         raise UserError(

@@ -2,10 +2,12 @@
 
 handover/  manifest.json  sft/  reward/  head.safetensors        (a reward model)
            manifest.json  sft/  policy/  adapter/                (a policy; adapter/ is its stack as ONE peft adapter)
+           manifest.json  members/1/  members/2/ ...             (an ensemble; each is a reward model's folder)
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +56,44 @@ class Handover:
             raise UserError(f"{folder} is no hand-over folder (no manifest.json in it); run the stage before first.")
         try:
             values = json.loads(path.read_text())
+            if values.get("role") == "ensemble":
+                raise UserError(f"{folder} is an ensemble; name one of its reward models, such as {folder}/members/1.")
             handover = cls(folder=path.parent, **{**values, "stack": tuple(values["stack"])})
+        except UserError:
+            raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); run its stage again.") from None
         for adapter, digest in handover.adapters.items():
             if _digest(place(handover.folder, adapter)) != digest:
                 raise UserError(f"{path.parent}: the adapter {adapter} is not the one that was handed over.")
         return handover
+
+    @staticmethod
+    def members(folder: str | Path) -> list[str]:
+        """The hand-over folders of an ensemble's reward models; of any other the folder itself."""
+        found = (Path(folder).expanduser() / "members").glob("*/manifest.json")
+        return sorted((str(path.parent) for path in found), key=lambda path: int(Path(path).name)) or [str(folder)]
+
+    @classmethod
+    def write_ensemble(
+        cls, folder: Path, backbone: Backbone, roles: Sequence[str], tokenizer: Any, **about: Any
+    ) -> None:
+        """Save the reward models of an ensemble, all or none.
+
+        Args:
+            folder: to write; one that is there is replaced.
+            backbone: with the roles.
+            roles: of the members, in their order.
+            tokenizer: of the base.
+            about: see `write`.
+        """
+        probes = [score_probe(backbone, role, tokenizer) for role in roles]
+        with written_whole(folder) as scratch:
+            for number, (role, probe) in enumerate(zip(roles, probes, strict=True), start=1):
+                (scratch / "members").mkdir(exist_ok=True)
+                cls.write(scratch / "members" / str(number), backbone, role, tokenizer, probe_score=probe, **about)
+            manifest = {"role": "ensemble", "members": len(roles)}
+            (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
     @classmethod
     def _of_others(cls, folder: Path) -> "Handover":
@@ -92,6 +125,7 @@ class Handover:
         base_model: str,
         dtype: str,
         template: str | None,
+        probe_score: float | None = None,
     ) -> "Handover":
         """Save a role that was trained; written beside and renamed, so that a kill leaves no half a folder.
 
@@ -103,8 +137,10 @@ class Handover:
             base_model: by which the base was loaded.
             dtype: of the base.
             template: fingerprint of the prompt template, where there is one.
+            probe_score: of a role with a head, where it is known already.
         """
-        probe_score = score_probe(backbone, role, tokenizer) if role in backbone.heads else None
+        if probe_score is None and role in backbone.heads:
+            probe_score = score_probe(backbone, role, tokenizer)
         with written_whole(folder) as scratch:
             backbone.save_role(role, scratch)  # which shards a gathered base: nothing may run after it
             if (scratch / "model").is_dir():

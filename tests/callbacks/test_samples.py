@@ -41,7 +41,8 @@ def characters(texts: list[str], *, left: bool) -> tuple[torch.Tensor, torch.Ten
 def rollout() -> Rollout:
     text = *characters(PROMPTS, left=True), *characters(RESPONSES, left=False)
     zeros = torch.zeros(text[-1].shape)
-    return Rollout(*text, logprobs=zeros, values=zeros, scores=torch.tensor([1.25, -2.0, 1 / 3]))
+    more = {"parts": torch.zeros(3, 0), "groups": torch.arange(3)}
+    return Rollout(*text, logprobs=zeros, scores=torch.tensor([1.25, -2.0, 1 / 3]), **more)
 
 
 REWARDS = torch.tensor([[-0.25, 0.0, 1.25], [0.5, -2.0, 0.0], [1 / 3, 0.0, 0.0]])

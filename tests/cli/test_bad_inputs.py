@@ -397,7 +397,7 @@ CONFIGS: dict[str, tuple[Case, list[str]]] = {
     ),
     "divergence with SFT": (
         lambda lab: lab.callback("DivergenceCallback", stage="sft"),
-        ["DivergenceCallback works with PPOPolicy; SFT makes no rollouts"],
+        ["DivergenceCallback works with modules that make rollouts", "SFT makes none"],
     ),
     "no source of reward": (lambda lab: lab.fit("ppo"), ["one source of reward", "model.reward_model or"]),
     "two sources of reward": (

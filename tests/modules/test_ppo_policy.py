@@ -1,6 +1,7 @@
 """PPO does what its paper says, on a model small enough to know the answer."""
 
 import math
+from dataclasses import fields, replace
 
 import lightning as L
 import pytest
@@ -18,7 +19,7 @@ from lrlhf import (
 )
 from lrlhf.functional import kl
 from lrlhf.metrics import Means
-from lrlhf.types import Experience, Prompts, Rollout, Sequences
+from lrlhf.types import CriticExperience, Prompts, Sequences
 from tests.modules.helpers import ppo, ppo_after_both_stages, prompt_data, train_sft, trainer
 
 
@@ -57,7 +58,7 @@ def ending_often(base, **settings) -> PPOPolicy:
     return module
 
 
-def experience_of(module, tiny_llama, data_files, tmp_path) -> Experience:
+def experience_of(module, tiny_llama, data_files, tmp_path) -> CriticExperience:
     """One real experience, of a policy that has moved away from its reference."""
     fit(tmp_path, module, prompt_data(tiny_llama, data_files), batches=1)
     module.seed, module.iteration = 0, 5
@@ -69,9 +70,7 @@ def experience_of(module, tiny_llama, data_files, tmp_path) -> Experience:
     rewards = torch.randn(rollout.response_mask.shape) * rollout.response_mask
     experience = module.estimate_advantages(rollout, rewards)
     old = experience.logprobs + 0.1 * torch.randn_like(experience.logprobs)
-    fields = {f: getattr(experience, f) for f in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")}
-    rest = {f: getattr(experience, f) for f in ("values", "scores", "advantages", "returns")}
-    return Experience(**fields, **rest, logprobs=old * experience.response_mask)
+    return replace(experience, logprobs=old * experience.response_mask)
 
 
 def prompt_data_loader(base, files):
@@ -134,11 +133,11 @@ def test_gradients_do_not_depend_on_left_padding_or_order(tmp_path, tiny_llama, 
     order = torch.randperm(len(experience))
     moved = experience.rows(order)
     pad = torch.zeros(len(moved), 9, dtype=torch.long)
-    values = {name: getattr(moved, name) for c in (Experience, Rollout, Sequences) for name in c.__slots__}
+    values = {field.name: getattr(moved, field.name) for field in fields(moved)}
     values["prompt_ids"] = torch.cat([pad, moved.prompt_ids], 1)
     values["prompt_mask"] = torch.cat([pad.bool(), moved.prompt_mask], 1)
 
-    class Untrimmed(Experience):
+    class Untrimmed(CriticExperience):
         def micro_batches(self, size):
             yield torch.arange(len(self)), self
 

@@ -20,7 +20,7 @@ def test_a_sound_start_passes_and_says_what_it_found(ready):
     found = module.self_check(batch)
     assert len(found) == 6
     assert all("None" not in sentence and sentence.endswith(".") for sentence in found)
-    score = module.parents[module.reward_model].probe_score
+    score = module.parents[module.source.folders[0]].probe_score
     assert f"scores the probe text {score:.6g}, its manifest says {score:.6g}" in found[2]
 
 
