@@ -8,7 +8,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "SFT": "lrlhf.modules",
     "RewardModel": "lrlhf.modules",
+    "RewardEnsemble": "lrlhf.modules",
     "PPOPolicy": "lrlhf.modules",
+    "RLOO": "lrlhf.modules",
+    "GRPO": "lrlhf.modules",
+    "DPO": "lrlhf.modules",
+    "BestOfN": "lrlhf.modules",
+    "ExpertIteration": "lrlhf.modules",
     "AlpacaDataModule": "lrlhf.datamodules",
     "AlpacaTemplate": "lrlhf.datamodules",
     "ChatTemplate": "lrlhf.datamodules",
@@ -30,6 +36,7 @@ _HOMES = {
     "Quantization": "lrlhf.config",
     "Sampling": "lrlhf.config",
     "Schedule": "lrlhf.config",
+    "Updates": "lrlhf.config",
     "UserError": "lrlhf.errors",
 }
 

@@ -102,19 +102,29 @@ class Preferences:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def to(self, device: torch.device | str, **options: Any) -> Preferences:
+    def to(self, device: torch.device | str, **options: Any) -> Self:
         """All fields on `device`."""
-        return Preferences(*(getattr(self, f.name).to(device, **options) for f in fields(self)))
+        return replace(self, **{f.name: getattr(self, f.name).to(device, **options) for f in fields(self)})
 
-    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Preferences]]:
+    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Self]]:
         """Pieces of at most `size` pairs, of similar length, with the index [N] of each. Saves memory only."""
+        beside = [f.name for f in fields(self)][2:]
         for index, chosen in self.chosen.micro_batches(size):
-            yield index, Preferences(chosen, self.rejected.rows(index), self.margin[index], self.numbers[index])
+            rest = {name: getattr(self, name)[index] for name in beside}
+            yield index, replace(self, chosen=chosen, rejected=self.rejected.rows(index), **rest)
 
-    def blank(self) -> Preferences:
+    def blank(self) -> Self:
         """A pair that means nothing, for passes that only fill up."""
-        zero = self.numbers.new_zeros(1)
-        return Preferences(self.chosen.blank(), self.rejected.blank(), self.margin.new_zeros(1), zero)
+        beside = [f.name for f in fields(self)][2:]
+        rest = {name: getattr(self, name).new_zeros(1, *getattr(self, name).shape[1:]) for name in beside}
+        return replace(self, chosen=self.chosen.blank(), rejected=self.rejected.blank(), **rest)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePreferences(Preferences):
+    """Pairs with ref_logprobs [B, 2] fp32: of the chosen and the rejected response, each summed over its tokens."""
+
+    ref_logprobs: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,7 +232,7 @@ class AlignmentCLI(LightningCLI):
     def _use_newest_checkpoint(self) -> None:
         """Evaluate the run's own newest checkpoint unless --ckpt_path names another."""
         config, run = self.config_init[str(self.subcommand)], Path(self.trainer.default_root_dir)
-        if config.get("ckpt_path") is not None:
+        if config.get("ckpt_path") is not None or not getattr(self.model, "trains", True):
             return
         newest = self._newest(run)
         if newest is None:

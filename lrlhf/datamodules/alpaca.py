@@ -198,13 +198,12 @@ class AlpacaDataModule(L.LightningDataModule):
         return self._loader("test", self.val_batch_size)
 
     def predict_dataloader(self) -> DataLoader:
-        """In the order of the file: prompts for SFT and PPO, pairs for a reward model."""
+        """In the order of the file: prompts, or pairs for a reward model."""
         if self.trainer and self.trainer.world_size > 1:
             raise UserError("predict runs on one device: set trainer.devices: 1.")
-        task = "prompts" if self.task == "sft" else self.task
         # Lightning wraps the sampler of a prediction loader, and can do so with its own kind alone.
         rows: Any = self.rows["predict"]
-        return DataLoader(rows, batch_size=self.val_batch_size, collate_fn=COLLATE[task])
+        return DataLoader(rows, batch_size=self.val_batch_size, collate_fn=COLLATE[self._predict_task])
 
     def state_dict(self) -> dict[str, int]:
         """Where training stands: the order's seed, the epoch, and how many of its batches are done."""
@@ -259,10 +258,16 @@ class AlpacaDataModule(L.LightningDataModule):
         rows = self._read(source or self.sources["train"])
         if not own and split is not None and self.splits is not None:
             rows = take_split(rows, self.splits, split)
-        need = 0 if name == "predict" and self.task == "sft" else RESPONSES[self.task]
+        need = RESPONSES[self._predict_task if name == "predict" else self.task]
         tokenized = [kept for row in rows if (kept := self._tokenize(row, need)) is not None]
         kept_rows = tokenized if name == "train" else tokenized[: self.val_limit]
         return [replace(row, number=number) for number, row in enumerate(kept_rows)]
+
+    @property
+    def _predict_task(self) -> Task:
+        """What the module predicts on; without one, prompts unless the data is pairs."""
+        module = getattr(self.trainer, "lightning_module", None)
+        return getattr(module, "predict_task", "preference" if self.task == "preference" else "prompts")
 
     def _read(self, sources: str | list[str] | None) -> list[Row]:
         left_out: Counter[tuple[str, str]] = Counter()

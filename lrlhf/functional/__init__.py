@@ -1,6 +1,7 @@
 """Pure tensor functions: tensors in, tensors out; torch and nothing else."""
 
-from lrlhf.functional.advantages import generalized_advantages
+from lrlhf.functional.advantages import generalized_advantages, group_normalized, leave_one_out
+from lrlhf.functional.best_of_n import best_of_n_kl, best_of_n_kl_bound
 from lrlhf.functional.divergence import (
     absolute,
     alpha_divergence,
@@ -11,6 +12,7 @@ from lrlhf.functional.divergence import (
     exact_js,
     exact_kl,
     exact_total_variation,
+    f_divergence,
     forward_kl,
     js,
     js_paper,
@@ -20,7 +22,14 @@ from lrlhf.functional.divergence import (
     total_variation,
 )
 from lrlhf.functional.logprobs import log_softmax, token_statistics, vocabulary_divergence
-from lrlhf.functional.losses import policy_loss, preference_loss, value_loss
+from lrlhf.functional.losses import (
+    hinge_loss,
+    ipo_loss,
+    policy_loss,
+    preference_loss,
+    sigmoid_loss,
+    value_loss,
+)
 from lrlhf.functional.masked import masked_mean, masked_sum, masked_variance, whiten
 from lrlhf.functional.sequences import append_end, equally_long, last_true, position_ids, response_mask, shared_prefix
 
@@ -28,6 +37,8 @@ __all__ = [
     "absolute",
     "alpha_divergence",
     "append_end",
+    "best_of_n_kl",
+    "best_of_n_kl_bound",
     "bregman",
     "clamped_kl",
     "equally_long",
@@ -36,12 +47,17 @@ __all__ = [
     "exact_js",
     "exact_kl",
     "exact_total_variation",
+    "f_divergence",
     "forward_kl",
     "generalized_advantages",
+    "group_normalized",
+    "hinge_loss",
+    "ipo_loss",
     "js",
     "js_paper",
     "kl",
     "last_true",
+    "leave_one_out",
     "log_softmax",
     "masked_mean",
     "masked_sum",
@@ -52,6 +68,7 @@ __all__ = [
     "preference_loss",
     "response_mask",
     "shared_prefix",
+    "sigmoid_loss",
     "squared_error",
     "token_statistics",
     "total_variation",

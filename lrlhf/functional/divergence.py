@@ -10,17 +10,37 @@ Exact forms (`exact_*`, marked by `@over_vocabulary`) take log-probabilities ove
 All enter as a reward, never as a gradient: reward_t = -coefficient * d_t (arXiv 2309.09055, section 3). Equal
 coefficients are NOT equal strengths: near the reference js is about kl / 4, and js_paper far above js.
 
-To add one: write a function of two tensors, name it in YAML by import path.
+To add one: write a function of two tensors, name it in YAML by import path. For DPO mark it by `@f_divergence`.
 """
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
+Estimator = TypeVar("Estimator", bound=Callable[..., Tensor])
+
+
+def f_divergence(derivative: Callable[..., Tensor]) -> Callable[[Estimator], Estimator]:
+    """Mark a one-sample estimator of D_f(p||q) = E_q[f(p / q)] with f' as a function of delta, up to a constant.
+
+    f' must rise with delta everywhere. It is what DPO needs: the policy that maximises reward - beta D_f
+    has reward = beta f'(p / q) + constant (Wang et al., "Beyond reverse KL", arXiv 2309.16240, theorem 1). An estimator
+    d with E_p[d] = D_f has f' = d + d', its own derivative by delta.
+
+    Args:
+        derivative: from delta to f'(exp(delta)), any shape.
+    """
+
+    def mark(divergence: Estimator) -> Estimator:
+        divergence.f_derivative = derivative  # type: ignore[attr-defined]
+        return divergence
+
+    return mark
 
 
 def over_vocabulary(divergence: Divergence) -> Divergence:
@@ -32,6 +52,7 @@ def over_vocabulary(divergence: Divergence) -> Divergence:
 # One-sample estimators: log p and log q of the sampled token.
 
 
+@f_divergence(lambda delta: delta)
 def kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """d = delta. E_p[d] = KL(p||q) exactly; unbounded, single values and even sums may be negative.
 
@@ -53,6 +74,7 @@ def squared_error(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return 0.5 * kl(logprobs, ref_logprobs) ** 2
 
 
+@f_divergence(lambda delta: delta)
 def bregman(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """d = (r - 1) + delta >= 0. E_p[d] = KL(p||q) exactly; unbounded above as q/p grows.
 
@@ -62,6 +84,7 @@ def bregman(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(-delta) + delta
 
 
+@f_divergence(lambda delta: 0.5 * (math.log(2) + F.logsigmoid(delta)))
 def js(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """d = log(p/m) / 2 + (q/p) log(q/m) / 2. E_p[d] = JS(p, q) exactly, JS <= ln 2; d >= 0, unbounded above.
 
@@ -86,6 +109,7 @@ def absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return kl(logprobs, ref_logprobs).abs()
 
 
+@f_divergence(lambda delta: -torch.expm1(-delta))
 def forward_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """d = r log r - (r - 1) >= 0. E_p[d] = KL(q||p) exactly; heavy-tailed where the policy dropped mass.
 
@@ -100,6 +124,7 @@ def total_variation(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return 0.5 * torch.expm1(ref_logprobs - logprobs).abs()
 
 
+@f_divergence(lambda delta, alpha=0.5: torch.expm1((alpha - 1) * delta) / (alpha - 1))
 def alpha_divergence(logprobs: Tensor, ref_logprobs: Tensor, *, alpha: float = 0.5) -> Tensor:
     """d = (r^(1-a) - 1 - (1-a)(r - 1)) / (a (a - 1)) >= 0. E_p[d] = D_a(p||q) exactly, for a not 0 or 1.
 

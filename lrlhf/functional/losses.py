@@ -68,3 +68,56 @@ def preference_loss(
     """
     loss = -F.logsigmoid(chosen_scores - rejected_scores - margin)
     return loss + centering * (chosen_scores + rejected_scores) ** 2
+
+
+# Preference pairs, DPO. h is the difference of the implicit rewards of chosen and rejected, before beta.
+
+
+def sigmoid_loss(difference: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+    """DPO: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h).
+
+    Rafailov et al., "Direct preference optimization" (arXiv 2305.18290), equation 7; e, the share of labels that are
+    wrong, as in Mitchell, "A note on DPO with noisy preferences" (2023), equation 3.
+
+    Args:
+        difference: [B] h.
+        beta: larger stays closer to the reference; 0.1 is usual, 0.01 to 0.5.
+        label_smoothing: e in [0, 1/2).
+
+    Returns:
+        [B], per pair.
+    """
+    logits = beta * difference
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def ipo_loss(difference: Tensor, *, beta: float = 0.1) -> Tensor:
+    """IPO: (h - 1 / (2 beta))^2, which no margin, however large, makes 0: labels that never vary do not run away.
+
+    Azar et al., "A general theoretical paradigm to understand learning from human preferences" (arXiv 2310.12036),
+    equation 17. Its authors use log-ratios per token there: `length_normalized: true`.
+
+    Args:
+        difference: [B] h.
+        beta: the paper's tau.
+
+    Returns:
+        [B], per pair.
+    """
+    return (difference - 1 / (2 * beta)) ** 2
+
+
+def hinge_loss(difference: Tensor, *, beta: float = 0.1) -> Tensor:
+    """max(0, 1 - beta h): pairs that are told apart by 1 / beta teach nothing more.
+
+    Zhao et al., "SLiC-HF" (arXiv 2305.10425), equation 1, on DPO's implicit rewards as in Liu et al., "RSO" (arXiv
+    2309.06657), equation 11.
+
+    Args:
+        difference: [B] h.
+        beta: see `sigmoid_loss`.
+
+    Returns:
+        [B], per pair.
+    """
+    return torch.relu(1 - beta * difference)

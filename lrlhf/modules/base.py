@@ -20,6 +20,7 @@ from lrlhf import distributed
 from lrlhf.config import DType, LoRA, Quantization, Sampling, Schedule, check_ranges
 from lrlhf.errors import UserError
 from lrlhf.functional.randomness import generator
+from lrlhf.metrics import Means
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.generation import respond
 from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
@@ -63,8 +64,12 @@ class AlignmentModule(L.LightningModule):
 
     task: ClassVar[Literal["sft", "preference", "prompts"]]
     """The view of the data that this module trains on; the command line links it to data.task."""
+    predict_task: ClassVar[Literal["preference", "prompts"]] = "prompts"
+    """The view that `predict` works on."""
     role: ClassVar[str]
     """The role that is trained, evaluated and handed over."""
+    trains: ClassVar[bool] = True
+    """Whether it has something to train, and so checkpoints."""
 
     def __init__(
         self,
@@ -180,7 +185,7 @@ class AlignmentModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Before the first iteration of every fit, run the self-check on its batch and keep what it found."""
-        self._check_batch(batch)
+        self._check_batch(batch, self.task)
         if not self._checked:
             with gathered(self.backbone):
                 found = self.self_check(batch)
@@ -192,15 +197,19 @@ class AlignmentModule(L.LightningModule):
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Refuse a batch of another kind than this stage works on."""
-        self._check_batch(batch)
+        self._check_batch(batch, self.task)
 
-    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_start = on_validation_batch_start
 
-    def _check_batch(self, batch: Any) -> None:
-        kinds = {"sft": (Sequences, Prompts), "preference": (Preferences,), "prompts": (Prompts,)}[self.task]
-        if not isinstance(batch, kinds):
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse a batch of another kind than this stage predicts on."""
+        self._check_batch(batch, self.predict_task)
+
+    def _check_batch(self, batch: Any, task: str) -> None:
+        kind = {"sft": Sequences, "preference": Preferences, "prompts": Prompts}[task]
+        if not isinstance(batch, kind):
             raise UserError(
-                f"{type(self).__name__} takes batches of lrlhf.types.{kinds[0].__name__}, not {type(batch).__name__}; "
+                f"{type(self).__name__} takes batches of lrlhf.types.{kind.__name__}, not {type(batch).__name__}; "
                 "use lrlhf.AlpacaDataModule, or a data module that collates such batches."
             )
 
@@ -271,16 +280,18 @@ class AlignmentModule(L.LightningModule):
         optimizer.zero_grad()  # type: ignore[union-attr]
         return {"loss": total, "grad_norm": norm}
 
-    def supervised_step(self, losses: Iterable[Tensor]) -> None:
-        """One iteration of SFT or of the reward model: an optimizer step in the stage's role, and its log.
+    def supervised_step(self, losses: Iterable[Tensor], means: Means | None = None, *, dropout: bool = True) -> None:
+        """One iteration of SFT, of the reward model or of DPO: an optimizer step in the stage's role, and its log.
 
         Args:
             losses: of the micro-batches, made while they are taken, so that they are made in the role.
+            means: what the losses note while they are made, logged too.
+            dropout: of the adapters.
         """
-        with record_function(UPDATE), self.backbone.role(self.role), self.backbone.training_pass(dropout=True):
+        with record_function(UPDATE), self.backbone.role(self.role), self.backbone.training_pass(dropout=dropout):
             metrics = self.optimization_step(losses)
         self.log("loss", metrics["loss"], prog_bar=True, logger=False)
-        self.end_iteration(metrics)
+        self.end_iteration(metrics | (means.compute() if means else {}))
 
     def refuse_nonfinite(self, what: str, remedy: str) -> None:
         """Stop, or count a step that the caller then skips; the weights have not changed.

@@ -25,7 +25,7 @@ class RewardModel(AlignmentModule):
         kwargs: see AlignmentModule.
     """
 
-    task = "preference"
+    task = predict_task = "preference"
     role = "reward"
 
     def __init__(self, centering: NonNegativeFloat = 0.0, **kwargs: Any):
@@ -57,7 +57,16 @@ class RewardModel(AlignmentModule):
     def validation_step(self, batch: Preferences, batch_idx: int) -> None:
         """Loss and accuracy on held-out pairs, beside the accuracy of preferring the longer response."""
         with self.backbone.role("reward"):
-            chosen, rejected = self.per_row(batch, [len(batch), 2], self.pair_scores).unbind(1)
+            self.note_validation(batch, self.per_row(batch, [len(batch), 2], self.pair_scores))
+
+    def note_validation(self, batch: Preferences, scores: Tensor) -> None:
+        """Add a validation batch to the means.
+
+        Args:
+            batch: of pairs.
+            scores: [B, 2] of the chosen and of the rejected responses.
+        """
+        chosen, rejected = scores.unbind(1)
         if len(batch):
             self.val_loss.update(preference_loss(chosen, rejected, margin=batch.margin))
             self.val_accuracy.update((chosen > rejected).int(), torch.ones_like(chosen, dtype=torch.int))
@@ -74,8 +83,16 @@ class RewardModel(AlignmentModule):
     def predict_step(self, batch: Preferences, batch_idx: int) -> list[dict[str, Any]]:  # type: ignore[override]
         """The scores of each pair, with the texts that were scored."""
         with self.backbone.role("reward"):
-            chosen, rejected = self.pair_scores(batch).unbind(1)
+            return self.described(batch, self.pair_scores(batch))
+
+    def described(self, batch: Preferences, scores: Tensor) -> list[dict[str, Any]]:
+        """A row a pair.
+
+        Args:
+            batch: of pairs.
+            scores: [B, 2] of the chosen and of the rejected responses.
+        """
         texts = [self.decode(side.response_ids, side.response_mask) for side in (batch.chosen, batch.rejected)]
         names = ("chosen", "rejected", "chosen_score", "rejected_score")
-        columns = (*texts, chosen.tolist(), rejected.tolist())
+        columns = (*texts, *scores.T.tolist())
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

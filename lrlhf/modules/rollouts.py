@@ -197,7 +197,7 @@ class RolloutModule(PolicyModule):
         means, stopped, settings = Means(), False, self.updates
         for epoch in range(settings.inner_epochs):
             order = generator(self.seed, "minibatches", self.iteration, epoch)
-            for minibatch in experience.minibatches(settings.minibatch_size, order, rank(), world_size()):
+            for minibatch in self.select(experience).minibatches(settings.minibatch_size, order, rank(), world_size()):
                 step = Means()
                 with self.backbone.training_pass(dropout=False):
                     metrics = self.optimization_step(self.losses(minibatch, step, means))
@@ -210,6 +210,10 @@ class RolloutModule(PolicyModule):
             if stopped:
                 break
         self.log_iteration(experience, means.compute() | {"inner_epochs": epoch + 1.0})
+
+    def select(self, experience: Any) -> Any:
+        """What of a rollout is learned from: all of it."""
+        return experience
 
     def losses(self, minibatch: Any, *means: Means) -> Iterator[Tensor]:
         """The losses of one optimizer step, micro-batch by micro-batch, in the role `policy`."""

@@ -12,7 +12,15 @@ import yaml
 
 from lrlhf.errors import UserError
 
-OWN = ("checkpoints", "handover", "metrics.csv", "samples.jsonl", "self_checks.txt", "config.yaml")
+OWN = (
+    "checkpoints",
+    "handover",
+    "metrics.csv",
+    "samples.jsonl",
+    "self_checks.txt",
+    "reference_logprobs.safetensors",
+    "config.yaml",
+)
 """What a fit writes into its folder."""
 
 LENGTH = ("trainer.max_epochs", "trainer.limit_train_batches", "trainer.max_time")
