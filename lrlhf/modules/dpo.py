@@ -10,7 +10,7 @@ responses that neither side shows is left to chance: look at the divergence, and
 
 Where it departs from the papers:
 1. The reference is a role on the same base, and its log-probs are computed once, before the first step.
-2. Dropout is off, so that at step 0 every h is 0 and every loss its value there.
+2. Dropout is off, so that at step 0 every h is 0, up to rounding.
 3. beta times our Jensen-Shannon is half of beta times f-DPO's, which leaves out the factor 1/2 of each KL.
 """
 

@@ -138,8 +138,9 @@ class GRPO(GroupPolicy):
             divided by sampling.max_new_tokens, as in Dr. GRPO).
         clip_range_high: how far a probability may rise in an update where it should; null takes updates.clip_range.
         divergence_coefficient: weight of k3 (`functional.bregman`) of policy and reference as a term of the loss; 0.04
-            in GRPO's paper. 0 leaves it out, and with it the reference pass. For any other divergence take
-            lrlhf.DivergenceCallback, which makes it a reward.
+            in GRPO's paper. Its value estimates KL(policy || reference); its gradient, on the policy's own samples, is
+            that of KL(reference || policy), and the mean of a group, which counts the response itself, leaves (n - 1) /
+            n of the reward against it: the optimum is another than PPO's. 0 leaves it out, and the reference pass. For any other divergence take lrlhf.DivergenceCallback, which makes it a reward.
         kwargs: see GroupPolicy.
     """
 
