@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from lrlhf.functional.sequences import by_prompt, equal_prompts
+
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
@@ -71,14 +73,22 @@ class Sequences:
 
         return replace(self, **{f.name: take(f.name) for f in fields(self)})
 
+    def at_full_width(self, index: Tensor) -> Sequences:
+        """The rows of `index` [N] int64 with all columns, as plain prompts and responses."""
+        return Sequences(*(getattr(self, f.name)[index] for f in fields(Sequences)))
+
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Self]]:
         """Pieces of at most `size` rows of similar length, each with the index [N] of its rows. Saves memory only.
+
+        Rows of one prompt stay together, so that a pass can run their prompt once.
 
         Args:
             size: rows of a piece at most.
         """
-        order = self.mask.sum(-1).argsort(descending=True, stable=True)
-        for index in order.split(size) if len(self) else ():
+        if not len(self):
+            return
+        order = by_prompt(equal_prompts(self.prompt_ids, self.prompt_mask), self.mask.sum(-1))
+        for index in order.split(size):
             yield index, self.rows(index)
 
     def blank(self) -> Self:

@@ -74,6 +74,8 @@ class AlpacaDataModule(L.LightningDataModule):
         verdicts: whether preferences count from_zero (0 the first, 1 the second) or from_one; null looks at each file.
         margin_from_scores: take score_chosen - score_rejected as the margin of a pair.
         good_only: of answers that are judged one by one (label: true or false), imitate the good ones.
+        train_on: for SFT, the last turn of the assistant in a conversation, or all of them: each then is a row of its
+            own behind the turns before it, rendered as it will be when it is to be answered.
         on_bad_row: at a row that cannot be used, stop, or skip it, count it and write it to bad_rows.jsonl in the run
             folder with the reason.
     """
@@ -104,6 +106,7 @@ class AlpacaDataModule(L.LightningDataModule):
         verdicts: Literal["from_zero", "from_one"] | None = None,
         margin_from_scores: bool = False,
         good_only: bool = False,
+        train_on: Literal["last", "all"] = "last",
         on_bad_row: Literal["stop", "skip"] = "stop",
     ):
         super().__init__()
@@ -129,7 +132,9 @@ class AlpacaDataModule(L.LightningDataModule):
         if task != "prompts" and responses_per_prompt > 1:
             raise UserError(f"data.responses_per_prompt={responses_per_prompt} is for rollouts, and {task} has none.")
         self.reading = Reading(columns or {}, encoding, verdicts, margin_from_scores, good_only)
-        self.on_bad_row = on_bad_row
+        if train_on == "all" and task != "sft":
+            raise UserError(f"data.train_on=all is for SFT; the {task} task answers the last turn.")
+        self.train_on, self.on_bad_row = train_on, on_bad_row
         self.rows: dict[str, list[Tokenized]] = {}
         self.dropped: Counter[str] = Counter()
         self._left_out: Counter[tuple[str, str]] = Counter()
@@ -259,6 +264,8 @@ class AlpacaDataModule(L.LightningDataModule):
         if not own and split is not None and self.splits is not None:
             rows = take_split(rows, self.splits, split)
         need = RESPONSES[self._predict_task if name == "predict" else self.task]
+        if self.train_on == "all" and name != "predict":
+            rows = [turn for row in rows for turn in row.assistant_turns()]
         tokenized = [kept for row in rows if (kept := self._tokenize(row, need)) is not None]
         kept_rows = tokenized if name == "train" else tokenized[: self.val_limit]
         return [replace(row, number=number) for number, row in enumerate(kept_rows)]

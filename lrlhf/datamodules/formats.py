@@ -8,12 +8,14 @@
 | chosen/rejected | texts or turns behind a prompt (text, turns, messages); or conversations that differ at the end |
 | chat | messages: [{role, content}, ...] ending with the assistant |
 | ShareGPT | conversations: [{from, value}, ...] ending with gpt, and system; with function_call and observation |
+| any chat | tools: descriptions of what may be called, for the chat template |
 
 The verdict of a pair is `preference` or `label`, `preference` as "a-is-better", or the majority of `annotator1`,
 `annotator2`, ... Ties carry no preference and are dropped and counted. A column that could be context is used, or its
 row is refused; other columns are named once.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,7 +56,7 @@ class Row:
 
     messages are turns (role, content[, more]) that end with the user's; instruction and input are kept where the row
     had them. responses: none (a prompt), one (to imitate), or two (chosen, rejected). columns: all others that hold
-    something, as they are, for reward functions.
+    something, as they are, for reward functions. tools: what the assistant may call, as chat templates take it.
     """
 
     messages: tuple[Turn, ...]
@@ -65,6 +67,19 @@ class Row:
     place: str
     dataset: str = ""
     columns: dict[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
+
+    def assistant_turns(self) -> Iterator["Row"]:
+        """A row for each turn of the assistant that says text, the turns before it as its prompt; the last is this.
+
+        A turn that calls a tool is context, as is one that follows another of the assistant.
+        """
+        for i, turn in enumerate(self.messages):
+            asked = i > 0 and self.messages[i - 1][0] in ("user", "tool")
+            if turn[0] == "assistant" and len(turn) == 2 and asked:
+                before = self.messages[:i]
+                yield replace(self, messages=before, instruction=before[-1][1], input="", responses=(turn[1],))
+        yield self
 
 
 @dataclass(frozen=True)
@@ -218,8 +233,23 @@ def _parse(columns: Columns, place: str, reading: Reading, from_zero: bool) -> R
     if not messages or messages[-1][0] not in ("user", "tool"):
         raise BadRow("the turn before the response must be the user's or a tool's")
     parts = [part for part in (instruction, context) if part] or [turn[1] for turn in messages]
+    tools = _tools(columns)
     _refuse_lost_context(columns, parts, responses)
-    return Row(messages, instruction or messages[-1][1], context, responses, margin, place, dataset)
+    return Row(messages, instruction or messages[-1][1], context, responses, margin, place, dataset, tools=tools)
+
+
+def _tools(columns: Columns) -> tuple[dict[str, Any], ...]:
+    """What may be called: a list of descriptions, or its JSON text."""
+    if not columns.given("tools"):
+        return ()
+    value = columns.take("tools")
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise BadRow(f"tools is no valid JSON ({error})") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("tools must be a list of descriptions")
+    return tuple(tools)
 
 
 def _prompt(columns: Columns, needed: bool) -> tuple[tuple[Turn, ...], str, str]:

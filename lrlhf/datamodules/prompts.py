@@ -1,6 +1,7 @@
 """How a row becomes the text that a model reads: a template is anything with `render(row)` and a `fingerprint`."""
 
 import hashlib
+import json
 import re
 import string
 from abc import ABC, abstractmethod
@@ -67,8 +68,8 @@ class TextTemplate(Template):
 
     def render(self, row: Row, tokenizer: Any) -> str:
         """The instruction, with the input where there is one."""
-        if len(row.messages) != 1:
-            raise BadRow("several turns or a system message need data.template: lrlhf.datamodules.ChatTemplate")
+        if len(row.messages) != 1 or row.tools:
+            raise BadRow("several turns, a system message or tools need data.template: lrlhf.datamodules.ChatTemplate")
         if row.input and self.with_input is not None:
             return self.with_input.format(instruction=row.instruction, input=row.input)
         return self.without_input.format(instruction=row.messages[0][1])
@@ -102,10 +103,14 @@ class ChatTemplate(Template):
         if tokenizer.chat_template is None:
             raise UserError("data.template: this tokenizer has no chat template; use AlpacaTemplate or TextTemplate.")
         turns = [{"role": turn[0], "content": turn[1], **(turn[2] if len(turn) > 2 else {})} for turn in row.messages]
+        options: Any = {"tokenize": False, "add_generation_prompt": True}
         try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(turns, tools=list(row.tools) or None, **options)
+            if row.tools and text == tokenizer.apply_chat_template(turns, **options):
+                raise BadRow("the chat template of this tokenizer says nothing of tools; drop the column")
         except (TemplateError, TypeError) as error:
             raise BadRow(f"the chat template does not take these turns ({error})") from None
+        return text
 
     def end_id(self, tokenizer: Any) -> int:
         """What the template writes at the end of the assistant's turn."""
@@ -132,6 +137,8 @@ def encode_prompt(template: Template, row: Row, text: str, tokenizer: Any, speci
         tokenizer: of the base.
         special: its `special_tokens`.
     """
+    if any(token in json.dumps(row.tools, ensure_ascii=False) for token in special):
+        raise BadRow("tools holds text that this tokenizer takes for a special token")
     written = [row.instruction, row.input, *(turn[1] for turn in row.messages)]
     if not any(token in said for token in special for said in written):
         return tokenizer(text, add_special_tokens=template.adds_special_tokens)["input_ids"]

@@ -31,7 +31,16 @@ from lrlhf.functional.losses import (
     value_loss,
 )
 from lrlhf.functional.masked import masked_mean, masked_sum, masked_variance, whiten
-from lrlhf.functional.sequences import append_end, equally_long, last_true, position_ids, response_mask, shared_prefix
+from lrlhf.functional.sequences import (
+    append_end,
+    by_prompt,
+    equal_prompts,
+    equally_long,
+    last_true,
+    position_ids,
+    response_mask,
+    shared_prefix,
+)
 
 __all__ = [
     "absolute",
@@ -40,7 +49,9 @@ __all__ = [
     "best_of_n_kl",
     "best_of_n_kl_bound",
     "bregman",
+    "by_prompt",
     "clamped_kl",
+    "equal_prompts",
     "equally_long",
     "exact_alpha_divergence",
     "exact_forward_kl",

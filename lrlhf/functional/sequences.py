@@ -20,6 +20,31 @@ def equally_long(mask: Tensor) -> list[Tensor]:
     return [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
 
 
+def equal_prompts(ids: Tensor, mask: Tensor) -> Tensor:
+    """Number of each row's prompt: equal prompts have one number; ids and mask [B, P] to int64 [B].
+
+    Args:
+        ids: [B, P] int64, left-padded.
+        mask: [B, P] bool.
+    """
+    return ids.masked_fill(~mask, -1).unique(dim=0, return_inverse=True)[1]
+
+
+def by_prompt(prompts: Tensor, lengths: Tensor) -> Tensor:
+    """An order of rows [B] int64 that keeps equal prompts together, longest rows first; stable.
+
+    Args:
+        prompts: [B] int64 of `equal_prompts`.
+        lengths: [B] int64, tokens of prompt and response.
+    """
+    rows = torch.arange(len(prompts), device=prompts.device)
+    longest = torch.zeros_like(lengths).scatter_reduce(0, prompts, lengths, "amax")[prompts]
+    first = torch.full_like(rows, len(rows)).scatter_reduce(0, prompts, rows, "amin")[prompts]
+    order = lengths.argsort(descending=True, stable=True)
+    order = order[first[order].argsort(stable=True)]
+    return order[longest[order].argsort(descending=True, stable=True)]
+
+
 def shared_prefix(ids: Tensor, mask: Tensor) -> int:
     """How many first tokens all rows have in common, at least one of each row left over.
 

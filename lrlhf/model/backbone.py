@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from lrlhf.config import DType, Gather, LoRA, Quantization
 from lrlhf.errors import UserError
-from lrlhf.functional import equally_long, last_true, position_ids, shared_prefix
+from lrlhf.functional import equal_prompts, equally_long, last_true, position_ids, shared_prefix
 from lrlhf.kernels.packing import pack, packed_mask, unpack
 from lrlhf.model.adapters import Adapters, place
 from lrlhf.model.architecture import (
@@ -209,6 +209,10 @@ class Backbone(nn.Module):
         Where rows run packed, no padding runs, and what all prompts begin with runs once for all of them: the decoder
         sees one line of tokens, [prefix | row 1 | row 2 | ...], and a mask that keeps the rows apart.
         """
+        pieces = self._by_prompt(sequences.prompt_ids, sequences.prompt_mask)
+        if len(pieces) > 1:
+            states = [self._states(sequences.at_full_width(i), response_ids[i], response_mask[i]) for i in pieces]
+            return torch.cat(states)[torch.cat(pieces).argsort()]
         ids = torch.cat([sequences.prompt_ids, response_ids], dim=1)  # [B, P + N]
         mask = torch.cat([sequences.prompt_mask, response_mask], dim=1)
         positions, last_prompt = position_ids(mask), sequences.prompt_ids.shape[1] - 1
@@ -243,6 +247,24 @@ class Backbone(nn.Module):
             return 0
         prefix = shared_prefix(prompt_ids, prompt_mask)
         return prefix if prefix * (len(prompt_ids) - 1) >= WORTH_SHARING else 0
+
+    def _by_prompt(self, prompt_ids: Tensor, prompt_mask: Tensor) -> list[Tensor]:
+        """Rows [N] int64 of one pass each: those of one prompt, if it is worth running once, and all others.
+
+        One piece where what all prompts share saves more, and over a sharded base, whose processes make equally many
+        passes.
+        """
+        everything = torch.arange(len(prompt_ids), device=prompt_ids.device)
+        if self.synchronised or self.training or len(prompt_ids) < 2 or not self._runs_packed():
+            return [everything]
+        prompts, lengths = equal_prompts(prompt_ids, prompt_mask), prompt_mask.sum(1)
+        groups = [rows for number in range(int(prompts.max()) + 1) for rows in [everything[prompts == number]]]
+        saved = {i: int(lengths[rows[0]] - 1) * (len(rows) - 1) for i, rows in enumerate(groups)}
+        alone = [rows for i, rows in enumerate(groups) if saved[i] >= WORTH_SHARING]
+        if sum(saved.values()) <= shared_prefix(prompt_ids, prompt_mask) * (len(prompt_ids) - 1) or not alone:
+            return [everything]
+        rest = [rows for i, rows in enumerate(groups) if saved[i] < WORTH_SHARING]
+        return [*alone, torch.cat(rest)] if rest else alone
 
     def prefill(self, ids: Tensor, mask: Tensor, group_size: int = 1) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Begin to sample: run what prompts share into a cache, once, and say what is left to run.

@@ -140,7 +140,8 @@ class GRPO(GroupPolicy):
         divergence_coefficient: weight of k3 (`functional.bregman`) of policy and reference as a term of the loss; 0.04
             in GRPO's paper. Its value estimates KL(policy || reference); its gradient, on the policy's own samples, is
             that of KL(reference || policy), and the mean of a group, which counts the response itself, leaves (n - 1) /
-            n of the reward against it: the optimum is another than PPO's. 0 leaves it out, and the reference pass. For any other divergence take lrlhf.DivergenceCallback, which makes it a reward.
+            n of the reward against it: the optimum is another than PPO's. 0 leaves it out, and the reference pass. For
+            any other divergence take lrlhf.DivergenceCallback, which makes it a reward.
         kwargs: see GroupPolicy.
     """
 

@@ -63,7 +63,9 @@ def test_a_derivative_is_that_of_its_own_estimator(divergence):
 
 
 def test_at_the_start_every_pair_is_undecided(tmp_path, tiny_llama, data_files):
-    metrics = fit(tmp_path, dpo(tiny_llama, lr=0.0, lora=LoRA(r=2, alpha=4, dropout=0.5)), pairs(tiny_llama, data_files))
+    metrics = fit(
+        tmp_path, dpo(tiny_llama, lr=0.0, lora=LoRA(r=2, alpha=4, dropout=0.5)), pairs(tiny_llama, data_files)
+    )
     assert metrics["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     # sums of another batch round otherwise
     assert metrics["train/margin"] == pytest.approx(0, abs=1e-5)

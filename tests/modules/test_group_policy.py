@@ -76,6 +76,7 @@ def test_the_log_probs_of_a_group_s_rollout_are_those_of_plain_rows(tmp_path, ti
     rollout = recorder.rollouts[0]
     assert rollout.groups.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     plain = Sequences(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)
+    module.micro_batch_size = 1
     torch.testing.assert_close(rollout.logprobs, module.logprobs(plain, "policy"), atol=1e-5, rtol=0)
     for metrics in recorder.metrics:
         assert abs(metrics["train/update_kl"]) < 1e-6
@@ -104,8 +105,8 @@ def distributions(module, data) -> dict[str, torch.Tensor]:
 def bandit(tmp_path, base, kind, beta, callbacks=True, **settings):
     """Train on one prompt; the mass on FAVOURITES and the total variation from the optimum.
 
-    With the divergence as a reward that is PPO's, pi_ref exp(r / beta) / Z. k3 as a term of the loss has, on the
-    policy's own samples, the gradient of KL(reference || policy): sum p (1 - q / p) grad log p = -sum q grad log p. Then
+    With the divergence as a reward that is PPO's, pi_ref exp(r / beta) / Z. k3 as a term of the loss has, on
+    its own samples, the gradient of KL(reference || policy): sum p (1 - q / p) grad log p = -sum q grad log p. Then
     the optimum of E[r] - beta KL(q || p) has r - level + beta q / p = 0, where a mean that counts the response itself
     leaves (n - 1) / n of r.
     """
@@ -170,7 +171,7 @@ def test_on_an_enumerable_task_groups_find_the_optimum_in_closed_form(tmp_path, 
 
 
 def test_expert_iteration_s_round_moves_towards_the_best_of_n(tmp_path, tiny_llama):
-    """Imitating the best of n from scratch tends to best-of-n's own distribution: mass 1 - (1 - p)^n on what is best."""
+    """Imitating the best of n tends to best-of-n's own distribution: mass 1 - (1 - p)^n on what is best."""
 
     class Bandit(Enumerable, ExpertIteration):
         def sample(self, prompts, role, *place):
@@ -211,6 +212,46 @@ def test_leave_one_out_is_unbiased_by_enumeration():
     biased = expected(lambda r: group_normalized(r, 2, scale=False))
     torch.testing.assert_close(biased, 0.5 * truth), "GRPO's own mean in the baseline shrinks it by (n - 1) / n"
     assert not torch.allclose(expected(lambda r: group_normalized(r, 2)), truth, atol=0.05)
+
+
+def test_a_prompt_that_runs_once_for_its_group_leaves_the_gradients_as_they_are(tmp_path, tiny_llama, data_files):
+    module = group(GRPO, tiny_llama, micro_batch_size=8)
+    fit(tmp_path, module, grouped(tiny_llama, data_files), batches=1)
+    data = grouped(tiny_llama, data_files)
+    data.setup("fit")
+    rollout = module.rollout(next(iter(data.train_dataloader())), "gradients")
+    experience = module.estimate_advantages(rollout, torch.randn(rollout.response_mask.shape) * rollout.response_mask)
+    found, tokens = [], []
+    for size in (8, 1):
+        module.micro_batch_size = size
+        with TokenCount(module) as count, module.backbone.training_pass(dropout=False):
+            for loss in module.losses(experience, Means()):
+                loss.backward()
+        tokens.append(count.tokens)
+        found.append([p.grad.clone() for p in module.backbone.trainable()])
+        for p in module.backbone.trainable():
+            p.grad = None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+    assert max(float(g.abs().max()) for g in found[0]) > 1e-3
+    assert tokens[0] < 0.5 * tokens[1], "a prompt of a group ran once"
+
+
+class TokenCount:
+    """How many tokens the first layer's projection sees."""
+
+    def __init__(self, module):
+        self.layer, self.tokens = module.backbone.model.model.layers[0].mlp, 0
+
+    def __enter__(self):
+        def count(_, inputs):
+            self.tokens += inputs[0].shape[:-1].numel()
+
+        self.handle = self.layer.register_forward_pre_hook(count)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
 
 
 def objective(module, experience) -> float:

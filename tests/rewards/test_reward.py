@@ -135,7 +135,10 @@ def test_a_failure_of_all_rows_together_says_so():
     [
         (lambda: [0.0], "must take prompts and responses; it takes neither"),
         (lambda prompts: [0.0], "must take prompts and responses; it takes prompts"),
-        (lambda prompts, responses, solution: [0.0], "asks for the column 'solution', which the data does not have; be"),
+        (
+            lambda prompts, responses, solution: [0.0],
+            "asks for the column 'solution', which the data does not have; be",
+        ),
         (lambda prompts, responses, level: [0.0], "asks for the column 'level', which the data does not have in every"),
         (lambda prompts, responses: [0.0, 1.0], r"returned shape \(2,\) for 3 responses"),
         (lambda prompts, responses: "good", "returned str; it must return a number a response"),
