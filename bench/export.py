@@ -1,6 +1,6 @@
 """Seconds, peak memory and size of each export of a run, and tokens per second of its GGUF in llama.cpp beside ours.
 
-python bench/export.py runs/demo/ppo runs/demo/reward
+python bench/export.py runs/demo/rl runs/demo/reward
 """
 
 import json

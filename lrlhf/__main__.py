@@ -12,7 +12,7 @@ USAGE = """usage: lrlhf COMMAND [options]
   validate   its held-out metrics:   lrlhf validate --config runs/demo/sft/config.yaml
   test       the same on data.test
   predict    write responses in AlpacaEval format, or the scores of a reward model
-  align      SFT, reward model and PPO, one after the other: lrlhf align --config configs/demo/align.yaml
+  align      SFT, reward model, PPO (or another method): lrlhf align --config configs/demo/align.yaml
   evaluate   win rates, factual precision and more: lrlhf evaluate --config configs/evaluate/reward_model.yaml
   export     a peft adapter, a merged model, a GGUF file, a reward model of transformers, with a model card:
              lrlhf export runs/ppo --to exports/policy

@@ -120,7 +120,9 @@ def main(arguments: list[str]) -> None:
     given = parse(arguments)
     first = System(given.source)
     if first.handover and first.handover.head:
-        raise UserError(f"{given.source} is a reward model, which scores and does not answer; give an SFT or PPO run.")
+        raise UserError(
+            f"{given.source} is a reward model, which scores and does not answer; give an SFT or policy run."
+        )
     systems = {first.role_name: first}
     if given.beside == "reference":
         systems["reference"] = System(given.source, role="reference", beside=first)

@@ -1,4 +1,4 @@
-"""`lrlhf align`: SFT, reward model and PPO, each an ordinary `fit` in its own folder, then a comparison and a report.
+"""`lrlhf align`: SFT, reward model and PPO or another method, each an ordinary `fit`, then a comparison and a report.
 
 A stage that is done is skipped, one that was interrupted goes on: its folder holds stage.json with a fingerprint of
 everything it is made from. A change of its config, its overrides or a stage before it starts it afresh.
@@ -7,22 +7,23 @@ everything it is made from. A change of its config, its overrides or a stage bef
 import hashlib
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
-from lrlhf.cli.lightning import ConfigCLI, import_name, run_stage
+from lrlhf.cli.lightning import ConfigCLI, class_of, import_name, run_stage
 from lrlhf.cli.messages import CommandParser
 from lrlhf.cli.start import check_config_files
 from lrlhf.errors import UserError
 from lrlhf.evaluation.judges import Judge
+from lrlhf.modules.rollouts import RolloutModule
 from lrlhf.report import STAGES
 
-DESCRIPTION = """SFT, reward model and PPO, each in a folder of its own, then a comparison and a report. An option
---STAGE.KEY VALUE is passed to that stage's fit as --KEY VALUE, e.g. --ppo.trainer.limit_train_batches 4."""
+DESCRIPTION = """SFT, reward model and PPO (or another method), each in a folder of its own, then a comparison and a
+report. An option --STAGE.KEY VALUE is passed to that stage's fit as --KEY VALUE, e.g. --rl.trainer.max_epochs 2."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Stages:
     sft: list[str] | None = None
     """Of supervised fine-tuning."""
     reward: list[str] | None = None
-    """Of the reward model."""
-    ppo: list[str] | None = None
-    """Of PPO."""
+    """Of the reward model, or of an ensemble; left out where the method of `rl` needs none."""
+    rl: list[str] | None = None
+    """Of the method that moves the policy: PPO, RLOO, GRPO, DPO or expert iteration."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Compare:
     gold: str | None = None
     """Import path of a reward function that training never saw."""
     prompts: str | None = None
-    """File of held-out prompts; null takes the validation prompts of PPO."""
+    """File of held-out prompts; null takes the validation prompts of `rl`."""
     count: PositiveInt = 96
     """Prompts at most."""
     judge: Judge | None = None
-    """By class path, e.g. lrlhf.evaluation.LanguageModelJudge: also judges after PPO against before, in both orders."""
+    """By class path, e.g. lrlhf.evaluation.LanguageModelJudge: also judges after against before, in both orders."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,19 @@ class Plan:
         """Config files by stage, in the order in which they run."""
         return {stage: files for stage in STAGES if (files := getattr(self.stages, stage))}
 
-    def arguments(self, stage: str) -> list[str]:
-        """Of the `lrlhf` command that fits a stage."""
+    def arguments(self, stage: str, *, reward_model: bool = True) -> list[str]:
+        """Of the `lrlhf` command that fits a stage.
+
+        Args:
+            stage: its name.
+            reward_model: give the last stage the reward model that was trained.
+        """
         words = ["fit", *(word for file in self.files[stage] for word in ("--config", file))]
         run = Path(self.run).expanduser()
         words += ["--trainer.default_root_dir", str(run / stage)]
         if stage != "sft" and "sft" in self.files:
             words += ["--model.init_args.sft", str(run / "sft" / "handover")]
-        if stage == "ppo" and "reward" in self.files:
+        if stage == "rl" and "reward" in self.files and reward_model:
             words += ["--model.init_args.reward_model", str(run / "reward" / "handover")]
         seed = [] if self.seed is None else ["--seed_everything", str(self.seed)]
         return words + seed + self.overrides.get(stage, [])
@@ -108,20 +114,33 @@ class Plan:
 def main(arguments: list[str]) -> None:
     """Run the stages that are not done, compare the policy with its reference, and write the report."""
     plan = Plan.read(arguments)
+    configs = {}
     for stage in plan.files:
-        _, *words = plan.arguments(stage)
+        _, *words = plan.arguments(stage, reward_model=False)
         check_config_files(words)
-        ConfigCLI(f"align: {stage}", lambda parser: None, words)
+        configs[stage] = ConfigCLI(f"align: {stage}", lambda parser: None, words).config
+    if "reward" in configs and "rl" in configs and not needs_reward_model(configs["rl"].model):
+        print("reward: skipped, the method of rl needs no reward model")
+        plan = replace(plan, stages=replace(plan.stages, reward=None))
     gold = import_name(plan.compare.gold) if plan.compare.gold else None
     run, upstream = Path(plan.run).expanduser(), ""
     for stage in plan.files:
         upstream = _run_stage(plan, stage, upstream)
-    if plan.stages.ppo:
+    if plan.stages.rl:
         from lrlhf.align.comparison import compare
         from lrlhf.report.report import write_report
 
         compare(run, gold, plan.compare.prompts, plan.compare.count, plan.compare.judge)
         write_report([run])
+
+
+def needs_reward_model(model: Namespace) -> bool:
+    """Whether a method makes rollouts that no reward function scores.
+
+    Args:
+        model: its config.
+    """
+    return issubclass(class_of(model), RolloutModule) and not model.init_args.get("reward_function")
 
 
 def _divided(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -19,7 +19,7 @@ from lrlhf.evaluation.pairs import Annotation, Pair, write_json
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
 from lrlhf.report import AFTER, BEFORE, STAGES
 from lrlhf.report.curves import read_curves
-from lrlhf.rewards import RewardFunction
+from lrlhf.rewards import Reward, RewardFunction
 from lrlhf.run.checkpoints import load, newest_checkpoint
 from lrlhf.types import Prompts, Sequences
 
@@ -38,14 +38,14 @@ def compare(
     And run/evaluations: win rates of after against before by the learned reward, by gold and by the judge.
 
     Args:
-        run: folder of an align run whose PPO stage is done.
+        run: folder of an align run whose last stage is done.
         gold: a reward function that training never saw; None leaves it out.
-        prompts: file of held-out prompts; None takes the PPO stage's validation prompts.
+        prompts: file of held-out prompts; None takes the last stage's validation prompts.
         count: prompts at most.
         judge: of the pairs of responses, in both orders; None leaves it out.
     """
     start = time.perf_counter()
-    config, module, data = load_run(run / "ppo")
+    config, module, data = load_run(run / "rl")
     data.val_limit = count
     if prompts is not None:
         data.sources["val"] = prompts
@@ -76,7 +76,7 @@ def compare(
         Pair(row["instruction"], row["before"]["response"], row["after"]["response"], BEFORE, AFTER) for row in rows
     ]
     for name, key in (("the learned reward", "learned"), (result["gold"], "gold")):
-        if name:
+        if name and rows[0]["before"][key] is not None:
             scores = [(row["before"][key], row["after"][key]) for row in rows]
             judged = [
                 Annotation(**vars(pair), annotator=name, preference=higher(*both))
@@ -109,8 +109,10 @@ def load_run(folder: Path) -> tuple[Any, Any, Any]:
 
 def _describe(module: Any, sequences: Sequences, batch: Prompts, gold: Any) -> list[dict[str, Any]]:
     responses = module.decode(sequences.response_ids, sequences.response_mask)
-    learned = module.score(sequences, batch).tolist()
-    gold = gold(list(batch.texts), responses).tolist() if gold else [None] * len(responses)
+    nothing = [None] * len(responses)
+    learned = module.score(sequences, batch).tolist() if hasattr(module, "score") else nothing
+    told = list(batch.texts), responses, batch.columns, sequences.lengths.tolist(), batch.places
+    gold = Reward(gold).scores(*told).tolist() if gold else nothing
     ended = torch.isin(sequences.response_ids, module.stop_ids).any(-1).tolist()
     names = ("response", "learned", "gold", "length", "ended")
     columns = (responses, learned, gold, sequences.lengths.tolist(), ended)

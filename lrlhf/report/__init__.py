@@ -1,6 +1,6 @@
 """What a run did, to look at: tables, plots and one HTML page."""
 
-STAGES = ("sft", "reward", "ppo")
-"""In the order in which align runs them; each has a folder of its name in the run."""
-BEFORE, AFTER = "before PPO", "after PPO"
+STAGES = ("sft", "reward", "rl")
+"""In the order in which align runs them; each has a folder of its name in the run. rl is PPO or another method."""
+BEFORE, AFTER = "before", "after"
 """The two systems of an align run's comparison, in annotations."""

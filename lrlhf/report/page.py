@@ -93,7 +93,7 @@ def _show(run: Run) -> dict[str, Any]:
 
 
 def _judged(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Samples of an evaluation; those of before and after PPO are shown with the run's own."""
+    """Samples of an evaluation; those of before and after are shown with the run's own."""
     return [sample for sample in result.get("samples") or () if sample.get("generator_1") != BEFORE]
 
 

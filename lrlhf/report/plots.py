@@ -15,22 +15,32 @@ from lrlhf.report.verdict import RATE
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#475569")
 DIVERGENCE = "train/divergence/"
 PLOTS = (  # stage, metric, title, unit, dotted guide, what to look for
-    ("ppo", "score", "Learned score", "score, mean of a rollout", None,
+    ("rl", "score", "Learned score", "score, mean of a rollout", None,
      "Should rise and level off; held-out prompts should follow the training prompts."),
-    ("ppo", "length", "Response length", "tokens per response", None,
+    ("rl", "length", "Response length", "tokens per response", None,
      "If it climbs with the score, the reward model may be paying for words."),
     ("sft", "loss", "SFT loss", "loss (nats per token)", None,
      "Should fall; a held-out loss that turns up again means memorising."),
     ("reward", "loss", "Reward model loss", "loss (nats per pair)", math.log(2),
      "Should fall below the dotted line, the loss of tossing a coin."),
-    ("ppo", "update_kl", "Update KL", "nats per token", 0.0,
+    ("rl", "update_kl", "Update KL", "nats per token", 0.0,
      "How far one iteration moves the policy: small and steady; spikes ask for a lower learning rate."),
-    ("ppo", "clip_fraction", "Clip fraction", "share of tokens", 0.0,
-     "Tokens stopped by PPO's clip range: up to 0.3 is usual; near 0 the policy hardly moves."),
-    ("ppo", "explained_variance", "Explained variance", "share (1 = perfect critic)", 0.0,
+    ("rl", "clip_fraction", "Clip fraction", "share of tokens", 0.0,
+     "Tokens stopped by the clip range: up to 0.3 is usual; near 0 the policy hardly moves."),
+    ("rl", "explained_variance", "Explained variance", "share (1 = perfect critic)", 0.0,
      "Should rise above the dotted line, where the critic is no better than a constant."),
-    ("ppo", "entropy", "Entropy", "nats per token", None,
+    ("rl", "entropy", "Entropy", "nats per token", None,
      "May sink slowly; a collapse to 0 means that all responses become the same."),
+    ("rl", "disagreement", "Disagreement of the reward ensemble", "standard deviation of the members' scores", None,
+     "If it climbs, the policy goes where no pair told the reward models what is better: an early warning."),
+    ("rl", "groups_with_signal", "Groups with signal", "share of prompts", None,
+     "Prompts whose responses scored differently; the others teach nothing, being too easy or too hard."),
+    ("rl", "pair_loss", "Loss of pairs", "loss (per pair)", None,
+     "Should fall below its start, which is log 2 for DPO's sigmoid."),
+    ("rl", "accuracy", "Accuracy on pairs", "share of pairs", 0.5,
+     "Pairs whose chosen response has the larger implicit reward; the dotted line is a coin's."),
+    ("rl", "margin", "Margin of implicit rewards", "beta times the difference", 0.0,
+     "How far apart the policy puts the two of a pair; growing long after the accuracy stopped is over-fitting."),
 )  # fmt: skip
 
 
@@ -63,9 +73,7 @@ class Plot:
 
 def make_plots(runs: Sequence[Run]) -> list[Plot]:
     """The plots whose metrics a run logged or an evaluation found, all runs in each."""
-    judges = dict.fromkeys(
-        n.removeprefix(RATE) for run in runs for n in run.curves.get("ppo", {}) if n.startswith(RATE)
-    )
+    judges = dict.fromkeys(n.removeprefix(RATE) for run in runs for n in run.curves.get("rl", {}) if n.startswith(RATE))
     plots = [frontier_plot(runs), *(win_rate_plot(runs, judge) for judge in judges)]
     plots += [metric_plot(runs, *line) for line in PLOTS]
     for i, run in enumerate(runs):
@@ -86,7 +94,7 @@ def metric_plot(
                 alone = color if kind == "training" else COLORS[1] if len(runs) == 1 else color
                 curves.append(_curve(f"{label}{kind}", values, alone, kinds[kind][1]))
     return Plot(
-        f"{stage}_{metric}", title, "PPO iteration" if stage == "ppo" else "optimizer step", unit, hint, curves, guide
+        f"{stage}_{metric}", title, "iteration" if stage == "rl" else "optimizer step", unit, hint, curves, guide
     )
 
 
@@ -94,7 +102,7 @@ def win_rate_plot(runs: Sequence[Run], judge: str) -> Plot:
     """A judge's win rate against the reference with its interval, and length-controlled, over iterations."""
     curves = []
     for label, color, run in _labelled(runs):
-        logged = run.curves.get("ppo", {})
+        logged = run.curves.get("rl", {})
         ends = [logged.get(f"val/win_rate_{end}/{judge}") for end in ("low", "high")]
         if (rate := logged.get(f"{RATE}{judge}")) is not None:
             band = None if ends[0] is None or ends[1] is None else (_at(ends[0], rate), _at(ends[1], rate))
@@ -103,16 +111,16 @@ def win_rate_plot(runs: Sequence[Run], judge: str) -> Plot:
             curves.append(_curve(f"{label}length-controlled", controlled, color, "dashed"))
     hint = "Against the reference; the band is the 95 % interval. What lies above the dashed line is length."
     file = re.sub(r"[^\w.-]+", "_", judge)[:80]
-    return Plot(f"win_rate_{file}", f"Win rate by {judge}", "PPO iteration", "share of prompts", hint, curves, 0.5)
+    return Plot(f"win_rate_{file}", f"Win rate by {judge}", "iteration", "share of prompts", hint, curves, 0.5)
 
 
 def frontier_plot(runs: Sequence[Run]) -> Plot:
     """What the policy paid in divergence for its score, iteration by iteration, where both were logged."""
     curves, names = [], []
     for label, color, run in _labelled(runs):
-        ppo = run.curves.get("ppo", {})
-        name = penalised_divergence(run.configs.get("ppo", {}), ppo)
-        both = [ppo.get("train/score"), ppo.get(f"{DIVERGENCE}{name}")]
+        logged = run.curves.get("rl", {})
+        name = penalised_divergence(run.configs.get("rl", {}), logged)
+        both = [logged.get("train/score"), logged.get(f"{DIVERGENCE}{name}")]
         if both[0] is not None and both[1] is not None:
             points = pd.concat(both, axis=1, join="inner", keys=["score", "divergence"])
             steps = [f"iteration {step + 1:.0f}" for step in points.index]
@@ -150,10 +158,10 @@ def evaluation_plots(run: Run, prefix: str, whose: str) -> Iterable[Plot]:
 
 
 def penalised_divergence(config: dict[str, Any], logged: Curves) -> str | None:
-    """The name of the divergence that a PPO config penalises; without a config the only one that was logged.
+    """The name of the divergence that a config penalises; without a config the only one that was logged.
 
     Args:
-        config: of the PPO stage.
+        config: of the stage with rollouts.
         logged: by it.
     """
     trainer = config.get("trainer")

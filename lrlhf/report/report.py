@@ -1,6 +1,6 @@
 """`lrlhf report`: what runs did to their models, as a table in the terminal and as one HTML page.
 
-How to read it: every row of comparison.json is one held-out prompt, answered before and after PPO with the same random
+How to read it: every row of comparison.json is one held-out prompt, answered before and after, with the same random
 draws, so differences are paired. The 95 % intervals say how far another choice of prompts would move a mean; they say
 nothing about another training seed. What a run folder lacks is left out.
 """
@@ -85,7 +85,7 @@ def print_report(run: Run) -> None:
         caption = _text(f"\nRank {rank}: {row['instruction']}", "bold")
         pair = Table(title=caption, title_justify="left", expand=True)
         for side in SIDES:
-            pair.add_column(_text(f"{side} PPO: {describe(row[side])}"), ratio=1)
+            pair.add_column(_text(f"{side}: {describe(row[side])}"), ratio=1)
         pair.add_row(*(_text(row[side]["response"]) for side in SIDES))
         console.print(pair)
     console.print(_text(describe_seconds(comparison.get("seconds") or {})))

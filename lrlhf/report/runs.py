@@ -16,7 +16,7 @@ from lrlhf.evaluation.pairs import read_annotations
 from lrlhf.report import BEFORE, STAGES
 from lrlhf.report.curves import Curves, read_curves
 
-CLASSES = {"SFT": "sft", "RewardModel": "reward", "PPOPolicy": "ppo"}
+CLASSES = {"SFT": "sft", "RewardModel": "reward", "RewardEnsemble": "reward", "DPO": "rl"}
 """The stage that a module's class is for, where a run is of one stage."""
 OWN_NAMES = ("trainer.default_root_dir", "model.init_args.sft", "model.init_args.reward_model")
 """Keys whose values only name a run."""
@@ -46,7 +46,7 @@ class Run:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """The contents of evaluations/*/evaluation.json; `lines` are `Line`s."""
     words: dict[str, list[str]] = field(default_factory=dict)
-    """What judges said of before and after PPO, by prompt."""
+    """What judges said of before and after, by prompt."""
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
@@ -109,7 +109,7 @@ def stage_of(path: Path, config: dict[str, Any]) -> str:
     """The stage of a single run folder, by its config, or else by what it logged."""
     name = str((config.get("model") or {}).get("class_path", "")).rpartition(".")[2]
     logged = read_curves(path / "metrics.csv")
-    guess = "ppo" if "train/score" in logged else "reward" if "val/accuracy" in logged else "sft"
+    guess = "rl" if "train/score" in logged else "reward" if "val/accuracy" in logged else "sft"
     return CLASSES.get(name, guess)
 
 

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from lrlhf.evaluation.estimates import Estimate, mean_interval, wilson_interval
+from lrlhf.report import AFTER, BEFORE
 from lrlhf.report.verdict import Row, difference, paired
 
 SIDES = ("before", "after")
@@ -32,13 +33,13 @@ def make_table(comparison: dict[str, Any]) -> dict[str, list[Line]]:
         if pairs := paired(rows, key):
             before, after = ([pair[side] for pair in pairs] for side in (0, 1))
             table[title] = [
-                _line("before PPO", estimate(before), style),
-                _line("after PPO", estimate(after), style),
+                _line(BEFORE, estimate(before), style),
+                _line(AFTER, estimate(after), style),
                 _line("difference, paired", difference(rows, key), f"+{style}"),
             ]
     if divergences := comparison.get("divergences"):
         lines = [(name, f"{value:.4f}", "", "") for name, value in divergences.items()]
-        table["Divergence per token after PPO (0 before)"] = lines
+        table["Divergence per token after (0 before)"] = lines
     return table
 
 
@@ -60,11 +61,12 @@ def choose_samples(rows: list[Row], count: int = 5) -> tuple[str, list[tuple[int
         rows: of comparison.json.
         count: samples at most.
     """
-    key = "gold" if len(paired(rows, "gold")) == len(rows) else "learned"
+    key = next((key for key in ("gold", "learned") if len(paired(rows, key)) == len(rows)), "length")
+    names = {"gold": "gold reward", "learned": "learned reward", "length": "length"}
     ranked = sorted(rows, key=lambda row: row["after"][key] - row["before"][key])
     places = dict.fromkeys(round(i * (len(ranked) - 1) / (count - 1)) for i in range(count)) if ranked else {}
     note = (
-        f"Not picked by hand: evenly spaced ranks of the {key} reward's difference among {len(rows)} prompts, "
+        f"Not picked by hand: evenly spaced ranks of the {names[key]}'s difference among {len(rows)} prompts, "
         "from the largest fall to the largest rise."
     )
     return note, [(place + 1, ranked[place]) for place in places]
@@ -72,8 +74,8 @@ def choose_samples(rows: list[Row], count: int = 5) -> tuple[str, list[tuple[int
 
 def describe(side: dict[str, Any]) -> str:
     """The numbers of one response."""
-    gold = "" if side.get("gold") is None else f"gold {side['gold']:.2f}, "
-    return f"{gold}learned {side['learned']:.2f}, {side['length']} tokens{'' if side['ended'] else ', cut off'}"
+    rewards = [f"{key} {side[key]:.2f}, " for key in ("gold", "learned") if side.get(key) is not None]
+    return f"{''.join(rewards)}{side['length']} tokens{'' if side['ended'] else ', cut off'}"
 
 
 def describe_seconds(seconds: dict[str, float]) -> str:

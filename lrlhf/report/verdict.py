@@ -47,9 +47,9 @@ def verdict(comparison: dict[str, Any]) -> str:
 
 
 def verdicts(run: Run) -> list[str]:
-    """What can be said of a run in sentences; nothing of one without PPO."""
+    """What can be said of a run in sentences; nothing of one without rollouts."""
     said = [verdict(run.comparison)] if run.comparison else []
-    return [*said, over_optimisation(run)] if run.comparison or "ppo" in run.curves else said
+    return [*said, over_optimisation(run)] if run.comparison or "train/score" in run.curves.get("rl", {}) else said
 
 
 def over_optimisation(run: Run) -> str:
@@ -59,11 +59,11 @@ def over_optimisation(run: Run) -> str:
     one while the learned score ends higher. Intervals that touch are not enough, because the best of many noisy points
     is high by luck. Where no curve fell, by the gold reward before and after.
     """
-    curves = run.curves.get("ppo", {})
+    curves = run.curves.get("rl", {})
     judged = _judged(curves)
     if told := [found for judge, table in judged.items() if (found := _turning_point(judge, table))]:
         return " ".join(told)
-    if run.comparison and paired(run.comparison["rows"], "gold"):
+    if run.comparison and all(paired(run.comparison["rows"], key) for key in ("gold", "learned")):
         rows = run.comparison["rows"]
         learned, gold = difference(rows, "learned"), difference(rows, "gold")
         if learned.low > 0 and gold.high < 0:

@@ -32,16 +32,16 @@ def aligned(tmp_path_factory, tiny_llama, data_files):
     for stage, kind, data in (
         ("sft", "SFT", "sft"),
         ("reward", "RewardModel", "pairs"),
-        ("ppo", "PPOPolicy", "prompts"),
+        ("rl", "PPOPolicy", "prompts"),
     ):
         settings = {"base_model": tiny_llama, "lora": {"r": 2}, "sampling": {"max_new_tokens": 6}}
-        if stage == "ppo":
+        if stage == "rl":
             settings |= {"ppo": {"minibatch_size": 4}}
         rows = {"train": data_files[data], "val": data_files[data], "batch_size": 8, "val_limit": 6}
         callbacks = [{"class_path": "lrlhf.DivergenceCallback"}, {"class_path": "lrlhf.SampleLog"}]
         values = {
             "seed_everything": 1,
-            "trainer": TRAINER | ({"callbacks": callbacks} if stage == "ppo" else {}),
+            "trainer": TRAINER | ({"callbacks": callbacks} if stage == "rl" else {}),
             "model": {"class_path": f"lrlhf.{kind}", "init_args": settings},
             "data": {"class_path": "lrlhf.AlpacaDataModule", "init_args": rows},
         }
@@ -60,7 +60,7 @@ def aligned(tmp_path_factory, tiny_llama, data_files):
 
 def test_each_stage_leaves_an_ordinary_run_folder(aligned):
     run, _ = aligned
-    for stage in ("sft", "reward", "ppo"):
+    for stage in ("sft", "reward", "rl"):
         for name in (
             "config.yaml",
             "metrics.csv",
@@ -91,7 +91,7 @@ def test_the_comparison_and_the_page_are_written(aligned):
 def test_a_fault_of_the_last_stage_is_told_before_the_first_begins(aligned, tmp_path, capsys, setting, value, words):
     _run, arguments = aligned
     with pytest.raises(SystemExit):
-        main([*arguments, "--run", str(tmp_path / "run"), f"--ppo.{setting}", value])
+        main([*arguments, "--run", str(tmp_path / "run"), f"--rl.{setting}", value])
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -100,23 +100,23 @@ def test_stages_that_are_done_are_skipped_and_a_change_runs_what_follows_it(alig
     _run, arguments = aligned
     main(arguments)
     out = capsys.readouterr().out
-    assert [f"{stage}: done already" in out for stage in ("sft", "reward", "ppo")] == [True, True, True]
+    assert [f"{stage}: done already" in out for stage in ("sft", "reward", "rl")] == [True, True, True]
     main([*arguments, "--reward.model.init_args.centering", "0.5"])
     out = capsys.readouterr().out
-    assert [f"{stage}: done already" in out for stage in ("sft", "reward", "ppo")] == [True, False, False]
+    assert [f"{stage}: done already" in out for stage in ("sft", "reward", "rl")] == [True, False, False]
 
 
 def test_the_policy_s_adapter_is_plain_peft(aligned, tiny_llama):
     run, _ = aligned
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    peft = PeftModel.from_pretrained(model, str(run / "ppo/handover/adapter"))
+    peft = PeftModel.from_pretrained(model, str(run / "rl/handover/adapter"))
     assert peft.peft_config["default"].r == 4  # sft and policy, of rank 2 each
 
 
 def test_predict_writes_alpaca_eval_rows_of_the_trained_weights(aligned):
     run, _ = aligned
-    main(["predict", "--config", str(run / "ppo/config.yaml")])
-    rows = json.loads((run / "ppo/model_outputs.json").read_text())
+    main(["predict", "--config", str(run / "rl/config.yaml")])
+    rows = json.loads((run / "rl/model_outputs.json").read_text())
     assert len(rows) == 6
     assert set(rows[0]) == {"instruction", "output", "generator", "dataset"}
 
@@ -129,14 +129,14 @@ def test_predict_of_a_reward_model_writes_scores(aligned):
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "rl"])
 def test_a_run_s_own_config_validates_and_tests_its_last_checkpoint(aligned, capsys, command, stage):
     run, _ = aligned
     before = (run / stage / "metrics.csv").read_text()
     main([command, "--config", str(run / stage / "config.yaml")])
     out = capsys.readouterr().out
     assert "iteration=000002.ckpt" in out
-    metric = {"sft": "perplexity", "reward": "accuracy", "ppo": "divergence/kl"}[stage]
+    metric = {"sft": "perplexity", "reward": "accuracy", "rl": "divergence/kl"}[stage]
     assert metric in out
     assert (run / stage / "metrics.csv").read_text() == before
 
@@ -160,14 +160,14 @@ def test_a_stage_that_was_interrupted_goes_on_and_one_that_was_changed_starts_af
     _, arguments = aligned
     again = tmp_path / "again"
     main([*arguments, "--run", str(again)])
-    shutil.copytree(again / "ppo", tmp_path / "whole")
-    record = again / "ppo/stage.json"
+    shutil.copytree(again / "rl", tmp_path / "whole")
+    record = again / "rl/stage.json"
     record.write_text(json.dumps({"fingerprint": json.loads(record.read_text())["fingerprint"]}))
-    checkpoint_path(again / "ppo", 2).unlink()
+    checkpoint_path(again / "rl", 2).unlink()
     capsys.readouterr()
     main([*arguments, "--run", str(again)])
     out = capsys.readouterr().out
-    assert f"Going on from {checkpoint_path(again / 'ppo', 1)}" in out
-    assert differences(tmp_path / "whole", again / "ppo")[0] == []
-    main([*arguments, "--run", str(again), "--ppo.model.init_args.ppo.discount", "0.9"])
+    assert f"Going on from {checkpoint_path(again / 'rl', 1)}" in out
+    assert differences(tmp_path / "whole", again / "rl")[0] == []
+    main([*arguments, "--run", str(again), "--rl.model.init_args.ppo.discount", "0.9"])
     assert "Going on from" not in capsys.readouterr().out

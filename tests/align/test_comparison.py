@@ -46,7 +46,7 @@ def make_run(tmp_path_factory, tiny_llama, data_files):
             "seed_everything": 11,
             "trainer": {
                 "accelerator": "cpu",
-                "default_root_dir": str(folder / "ppo"),
+                "default_root_dir": str(folder / "rl"),
                 "max_epochs": 1,
                 "limit_train_batches": 1,
                 "limit_val_batches": 0,
@@ -75,7 +75,7 @@ def moved(make_run):
         "0,0,0.7,,,\n0,0,,0.5,0.625,16\n0,1,0.6,,,\n0,1,,0.75,0.5625,32\n0,2,0.5,,,\n"
     )
     (run / "sft/stage.json").write_text('{"fingerprint": "x", "seconds": 1.5}')
-    (run / "ppo/stage.json").write_text('{"fingerprint": "y", "seconds": 20.25}')
+    (run / "rl/stage.json").write_text('{"fingerprint": "y", "seconds": 20.25}')
     return run, comparison(run, gold=vader_sentiment, count=COUNT)
 
 
@@ -87,7 +87,7 @@ def comparison(run, **options) -> dict:
 def test_the_accuracy_is_that_of_the_last_validation_and_the_seconds_those_of_the_stages_that_ran(moved):
     _, result = moved
     assert result["reward_model"] == {"accuracy": 0.75, "longer_accuracy": 0.5625, "pairs": 32}
-    assert result["seconds"] == {"sft": 1.5, "ppo": 20.25, "comparison": result["seconds"]["comparison"]}
+    assert result["seconds"] == {"sft": 1.5, "rl": 20.25, "comparison": result["seconds"]["comparison"]}
     assert result["seconds"]["comparison"] > 0
     assert (result["gold"], result["seed"]) == ("vader_sentiment", 11)
 
@@ -108,12 +108,12 @@ def test_every_row_has_both_responses_to_one_prompt_with_their_scores_and_length
 def test_divergences_are_means_over_the_tokens_of_the_policys_responses(moved, tiny_llama):
     """By transformers, with the adapter of the checkpoint merged by hand; two batches of unequal length."""
     run, result = moved
-    _, module, data = load_run(run / "ppo")
+    _, module, data = load_run(run / "rl")
     data.val_limit = COUNT
     data.setup("validate")
     plain = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     policy = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    weights = load(newest_checkpoint(run / "ppo"))["state_dict"]
+    weights = load(newest_checkpoint(run / "rl"))["state_dict"]
     for name, parameter in policy.named_parameters():
         factors = {k: v for k, v in weights.items() if name.removesuffix(".weight") in k and ".policy." in k}
         if factors:
@@ -162,9 +162,9 @@ def test_a_folder_without_a_run_is_refused(moved, tmp_path):
     run, _ = moved
     with pytest.raises(UserError, match=rf"{tmp_path} holds no run .config\.yaml and checkpoints/.; run its stage"):
         load_run(tmp_path)
-    (tmp_path / "config.yaml").write_text((run / "ppo/config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text((run / "rl/config.yaml").read_text())
     with pytest.raises(UserError, match="holds no run"):
         load_run(tmp_path)
-    with pytest.raises(UserError, match=r"ppo holds no run"):
+    with pytest.raises(UserError, match=r"rl holds no run"):
         compare(tmp_path)
     assert not (tmp_path / "comparison.json").exists()

@@ -74,28 +74,28 @@ def write_evaluation(folder: Path, text="fine", plots=None) -> None:
 
 def test_the_folder_of_one_stage_is_a_run(tmp_path):
     run = read_run(write_stage(tmp_path / "mine", ppo_metrics()), "mine")
-    assert set(run.curves) == {"ppo"}
+    assert set(run.curves) == {"rl"}
     names = {plot.name for plot in make_plots([run])}
-    assert names == {"reward_against_divergence", "win_rate_gold", "ppo_score", "ppo_length"}
+    assert names == {"reward_against_divergence", "win_rate_gold", "rl_score", "rl_length"}
 
 
 def test_runs_share_plots_and_their_configs_are_compared(tmp_path):
     one = write_stage(tmp_path / "one", ppo_metrics(), lora={"r": 8}, dtype="float32", sft="a/handover")
     two = write_stage(tmp_path / "two", ppo_metrics(shift=1), lora={"r": 16}, dtype="float32", sft="b/handover")
     runs = read_runs([str(one), str(two)])
-    assert differences(runs) == [("ppo: model.init_args.lora.r", ["8", "16"])]
-    score = next(plot for plot in make_plots(runs) if plot.name == "ppo_score")
+    assert differences(runs) == [("rl: model.init_args.lora.r", ["8", "16"])]
+    score = next(plot for plot in make_plots(runs) if plot.name == "rl_score")
     assert [c.label for c in score.curves] == ["one: training", "two: training"]
     assert score.curves[0].color != score.curves[1].color
     page = write_report([one, two], tmp_path / "both.html")
     text = page.read_text()
     assert "What differs in the configs" in text
     assert "model.init_args.lora.r" in text.replace("<wbr>", "")
-    assert (tmp_path / "plots/ppo_score.png").is_file()
+    assert (tmp_path / "plots/rl_score.png").is_file()
 
 
 def test_what_differs_in_a_list_is_named_by_the_class_that_has_it(tmp_path):
-    def write(name, coefficient, judges, stage="ppo"):
+    def write(name, coefficient, judges, stage="rl"):
         callbacks = [{"class_path": "lrlhf.WinRateCallback", "init_args": {"judge": judge}} for judge in judges]
         callbacks.append({"class_path": "lrlhf.DivergenceCallback", "init_args": {"coefficient": coefficient}})
         folder = write_stage(tmp_path / name / stage, ppo_metrics())
@@ -104,13 +104,13 @@ def test_what_differs_in_a_list_is_named_by_the_class_that_has_it(tmp_path):
 
     runs = [write("one", 0.05, ["a", "b"]), write("two", 0.1, ["a", "c"]), write("bare", 1, [], stage="sft")]
     assert differences(read_runs([str(run) for run in runs])) == [
-        ("ppo: trainer.callbacks.WinRateCallback#2.init_args.judge", ["b", "c", ""]),
-        ("ppo: trainer.callbacks.DivergenceCallback.init_args.coefficient", ["0.05", "0.1", ""]),
+        ("rl: trainer.callbacks.WinRateCallback#2.init_args.judge", ["b", "c", ""]),
+        ("rl: trainer.callbacks.DivergenceCallback.init_args.coefficient", ["0.05", "0.1", ""]),
     ]
 
 
 def test_two_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
-    paths = [str(write_stage(tmp_path / side / "ppo", ppo_metrics())) for side in ("a", "b")]
+    paths = [str(write_stage(tmp_path / side / "rl", ppo_metrics())) for side in ("a", "b")]
     assert [run.name for run in read_runs(paths)] == paths
     with pytest.raises(UserError, match="is named twice"):
         read_runs([paths[0], paths[0] + "/"])
@@ -157,7 +157,7 @@ def test_configs_plans_and_self_checks_are_on_the_page(tmp_path):
     (run / "plan.json").write_text("Peak: 1.72 GiB")
     (run / "self_checks.txt").write_text("log-probs agree")
     text = write_report([run]).read_text()
-    for said in ("ppo: resolved config", "4321", "ppo: memory plan", "Peak: 1.72 GiB", "log-probs agree"):
+    for said in ("rl: resolved config", "4321", "rl: memory plan", "Peak: 1.72 GiB", "log-probs agree"):
         assert said in text
 
 
@@ -167,11 +167,11 @@ def test_what_the_judges_said_stands_at_the_samples(tmp_path):
     (tmp_path / "comparison.json").write_text(json.dumps({"rows": [row], "gold": None}))
     (tmp_path / "evaluations/gold").mkdir(parents=True)
     texts = {"instruction": "ask", "output_1": "b", "output_2": "a"}
-    said = {**texts, "generator_1": "before PPO", "generator_2": "after PPO", "annotator": "Judy"}
+    said = {**texts, "generator_1": "before", "generator_2": "after", "annotator": "Judy"}
     rows = [{**said, "preference": p} for p in (2.0, 1.5, None)]
     (tmp_path / "evaluations/gold/annotations.json").write_text(json.dumps(rows))
     text = write_report([tmp_path]).read_text()
-    assert "Judy prefers after PPO (2.00); Judy sees a tie; Judy gave no answer" in text
+    assert "Judy prefers after (2.00); Judy sees a tie; Judy gave no answer" in text
 
 
 # Over-optimisation
@@ -181,7 +181,7 @@ def with_curves(rate, reach, learned) -> Run:
     """A run whose win rates are known up to +-reach."""
     rate = curve(rate)
     ends = {"val/win_rate_low/gold": rate - reach, "val/win_rate_high/gold": rate + reach}
-    return Run(Path("x"), "x", {"ppo": {"val/win_rate/gold": rate, "train/score": curve(learned), **ends}})
+    return Run(Path("x"), "x", {"rl": {"val/win_rate/gold": rate, "train/score": curve(learned), **ends}})
 
 
 def test_the_turning_point_is_where_the_judged_curve_was_best():
@@ -222,7 +222,7 @@ def test_of_a_run_without_ppo_nothing_is_said(tmp_path):
 
 
 def test_without_a_judge_it_cannot_be_told_unless_gold_fell():
-    assert "cannot be told" in over_optimisation(Run(Path("x"), "x", {"ppo": {"train/score": curve([1, 2])}}))
+    assert "cannot be told" in over_optimisation(Run(Path("x"), "x", {"rl": {"train/score": curve([1, 2])}}))
 
     def rows(gold):
         sides = ({"learned": 0.0, "gold": 0.0}, {"learned": 1.0, "gold": gold})
@@ -250,8 +250,8 @@ def test_a_figure_is_json_without_nan_and_has_its_band(tmp_path):
     metrics["train/score"][3] = math.nan
     plots = {p.name: interactive(p) for p in make_plots([read_run(write_stage(tmp_path / "r", metrics), "r")])}
     json.loads(json.dumps(plots, allow_nan=False))
-    assert plots["ppo_score"]["data"][0]["y"][3] is None
-    assert plots["ppo_score"]["data"][0]["x"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert plots["rl_score"]["data"][0]["y"][3] is None
+    assert plots["rl_score"]["data"][0]["x"] == [1, 2, 3, 4, 5, 6, 7, 8]
     low, high, rate, controlled = plots["win_rate_gold"]["data"]
     assert high["fill"] == "tonexty"
     assert (low["y"][0], high["y"][0], rate["y"][0], controlled["line"]["dash"]) == (0.4, 0.6, 0.5, "dash")
@@ -264,11 +264,11 @@ def test_labels_are_text_to_plotly_and_to_matplotlib(tmp_path):
     runs = read_runs([str(write_stage(tmp_path / name, ppo_metrics() | rate)) for name in names])
     plots = {plot.name: plot for plot in make_plots(runs)}
     assert "win_rate_a_b" in plots
-    labels = [trace["name"] for trace in interactive(plots["ppo_score"])["data"]]
+    labels = [trace["name"] for trace in interactive(plots["rl_score"])["data"]]
     assert labels == ['&lt;a href="x"&gt;a: training', "_&#36;\\foo&#36;: training"]
     page = write_report([run.folder for run in runs])
     assert (page.parent / "plots/win_rate_a_b.png").is_file()
-    legend = image(plots["ppo_score"]).axes[0].get_legend().get_texts()
+    legend = image(plots["rl_score"]).axes[0].get_legend().get_texts()
     assert [text.get_text() for text in legend] == ['<a href="x">a: training', "_\\$\\foo\\$: training"]
 
 
@@ -276,9 +276,9 @@ def hostile_runs(tmp_path) -> list[Path]:
     """Two runs in which every text that a user's data can hold attacks the page."""
     runs = [tmp_path / name for name in ("<b onclick=parent.hacked=1>$x$", "W" * 80)]
     for number, run in enumerate(runs):
-        write_stage(run / "ppo", ppo_metrics() | {f"val/win_rate/{HOSTILE}": [0.5] * 8}, note=f"{HOSTILE}{number}")
+        write_stage(run / "rl", ppo_metrics() | {f"val/win_rate/{HOSTILE}": [0.5] * 8}, note=f"{HOSTILE}{number}")
         for file in ("plan.txt", "self_checks.txt"):
-            (run / "ppo" / file).write_text(HOSTILE)
+            (run / "rl" / file).write_text(HOSTILE)
         row = {side: {"response": HOSTILE, "learned": i, "gold": 0.0, "length": 3, "ended": True}
                for i, side in enumerate(("before", "after"))}  # fmt: skip
         comparison = {"rows": [{"instruction": HOSTILE, **row}] * 3, "gold": HOSTILE, "base_model": HOSTILE}

@@ -44,7 +44,7 @@ def make_run(folder: Path, **changes) -> Path:
         "seed": 3,
         "reward_model": {"accuracy": 0.75, "longer_accuracy": 0.5, "pairs": 64},
         "divergences": {"kl": 0.04, "exact_js": 0.01},
-        "seconds": {"sft": 60.0, "ppo": 120.0},
+        "seconds": {"sft": 60.0, "rl": 120.0},
         "rows": make_rows([1.0, 2.0, 3.0], gold=0.0),
     }
     folder.mkdir(exist_ok=True)
@@ -62,7 +62,7 @@ def write_all_metrics(run: Path) -> None:
     write_metrics(run, "reward", "epoch,step,train/loss,val/accuracy\n0,0,0.7,\n0,1,0.6,0.75\n")
     names = ("score", "length", "update_kl", "clip_fraction", "explained_variance", "entropy", "divergence/kl")
     lines = [f"{step}," + ",".join(str(0.1 * step + i) for i in range(len(names))) for step in range(3)]
-    write_metrics(run, "ppo", "step," + ",".join(f"train/{name}" for name in names) + "\n" + "\n".join(lines) + "\n")
+    write_metrics(run, "rl", "step," + ",".join(f"train/{name}" for name in names) + "\n" + "\n".join(lines) + "\n")
 
 
 # Intervals
@@ -142,8 +142,8 @@ def test_the_table_holds_value_interval_and_n(tmp_path):
         ("baseline: the longer wins", "50.0%", "", ""),
     ]
     assert table["Learned reward"] == [
-        ("before PPO", "0.000", "0.000 to 0.000", "3"),
-        ("after PPO", "2.000", "0.868 to 3.132", "3"),
+        ("before", "0.000", "0.000 to 0.000", "3"),
+        ("after", "2.000", "0.868 to 3.132", "3"),
         ("difference, paired", "+2.000", "+0.868 to +3.132", "3"),
     ]
     assert table["Gold reward: vader_sentiment"][2] == ("difference, paired", "+4.000", "+1.737 to +6.263", "3")
@@ -212,7 +212,7 @@ def test_the_penalised_divergence_is_the_one_of_the_config():
 def test_a_config_that_cannot_be_read_costs_no_report(tmp_path, text):
     run = make_run(tmp_path / "run")
     write_all_metrics(run)
-    (run / "ppo/config.yaml").write_text(text)
+    (run / "rl/config.yaml").write_text(text)
     assert "reward_against_divergence" in write_report([run]).read_text()
 
 
@@ -230,8 +230,8 @@ def test_the_page_stands_alone(tmp_path, capsys):
     text = page.read_text(encoding="utf-8")
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     files = sorted(path.name for path in (run / "plots").iterdir())
-    health = [f"ppo_{name}.png" for name in ("clip_fraction", "entropy", "explained_variance", "update_kl")]
-    others = ["ppo_length.png", "ppo_score.png", "reward_against_divergence.png", "reward_loss.png", "sft_loss.png"]
+    health = [f"rl_{name}.png" for name in ("clip_fraction", "entropy", "explained_variance", "update_kl")]
+    others = ["reward_against_divergence.png", "reward_loss.png", "rl_length.png", "rl_score.png", "sft_loss.png"]
     assert files == sorted(health + others)
     assert len(images) == len(files)
     assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
@@ -239,7 +239,7 @@ def test_the_page_stands_alone(tmp_path, capsys):
     assert not re.search(r"https?://|@import", outside)
     assert outside.count("<script>") == 1
     terminal = capsys.readouterr().out
-    for words in ("vader_sentiment", "+1.737 to +6.263", "excludes 0", "75.0%", "exact_js", "sft 60 s, ppo 120 s"):
+    for words in ("vader_sentiment", "+1.737 to +6.263", "excludes 0", "75.0%", "exact_js", "sft 60 s, rl 120 s"):
         assert words in " ".join(terminal.split()), words
         assert words in text, words
     assert str(page) in terminal
@@ -286,9 +286,9 @@ def test_what_was_not_measured_is_left_out(tmp_path, changes):
 
 def test_a_single_iteration_is_plotted(tmp_path):
     run = make_run(tmp_path)
-    write_metrics(run, "ppo", "step,train/score,train/divergence/kl\n0,1.0,0.0\n")
+    write_metrics(run, "rl", "step,train/score,train/divergence/kl\n0,1.0,0.0\n")
     write_report([run])
-    assert sorted(p.name for p in (run / "plots").iterdir()) == ["ppo_score.png", "reward_against_divergence.png"]
+    assert sorted(p.name for p in (run / "plots").iterdir()) == ["reward_against_divergence.png", "rl_score.png"]
 
 
 # The command
