@@ -10,12 +10,15 @@ from lrlhf.functional import masked_sum, masked_variance
 class Means:
     """Weighted means of named quantities, each token or response counting once however the batch was cut.
 
-    Every process adds the same names in the same order.
+    Every process adds the same names in the same order; one that may have nothing to add is told the names.
+
+    Args:
+        names: of quantities that a process may never add to.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, float] = {}
+    def __init__(self, *names: str) -> None:
+        self._sums: dict[str, float] = dict.fromkeys(names, 0.0)
+        self._counts: dict[str, float] = dict.fromkeys(names, 0.0)
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Add the values of `name` where `mask` is true (everywhere without one).

@@ -30,7 +30,7 @@ from torchmetrics import MeanMetric
 from tqdm import tqdm
 
 from lrlhf.config import check_ranges
-from lrlhf.distributed import rank, total, total_number, world_size
+from lrlhf.distributed import gather_objects, rank, total, total_number, world_size
 from lrlhf.errors import UserError
 from lrlhf.functional import exact_kl, kl, sigmoid_loss
 from lrlhf.functional.divergence import Divergence
@@ -42,6 +42,17 @@ from lrlhf.types import Preferences, ReferencePreferences
 FILE = "reference_logprobs.safetensors"
 ROWS = 64
 """Pairs that are looked at together while the reference's log-probs are computed."""
+
+LOGGED = (
+    "pair_loss",
+    "accuracy",
+    "margin",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_log_ratio",
+    "rejected_log_ratio",
+)
+"""Means over the pairs of a batch."""
 
 PairLoss = Callable[..., Tensor]
 """Maps differences [B] of implicit rewards, and beta, to losses [B]."""
@@ -125,7 +136,8 @@ class DPO(PolicyModule):
             for side in (batch.chosen, batch.rejected):
                 key.update(side.ids.numpy().tobytes() + side.mask.numpy().tobytes())
         path = Path(self.trainer.default_root_dir) / FILE
-        if (kept := _read(path, key.hexdigest(), len(rows))) is not None:
+        kept = _read(path, key.hexdigest(), len(rows))
+        if all(gather_objects(kept is not None)) and kept is not None:  # all look before one begins to write
             rank_zero_info(f"The reference's log-probs of {len(rows)} pairs are taken from {path}")
             return kept.to(self.device)
         sums = torch.zeros(len(rows), 2, device=self.device)
@@ -192,14 +204,11 @@ class DPO(PolicyModule):
         rewards, logprobs = self.implicit_rewards(pairs)
         difference = rewards[:, 0] - rewards[:, 1]
         losses = self.pair_losses(difference)
-        margin = self.beta * difference.detach()
+        margin, log_ratios = self.beta * difference.detach(), logprobs - pairs.ref_logprobs
+        columns = (losses, 0.5 + 0.5 * margin.sign(), margin, *(self.beta * rewards).T, *log_ratios.T)
         for mean in means:
-            mean.add("pair_loss", losses)
-            mean.add("accuracy", 0.5 + 0.5 * margin.sign())
-            mean.add("margin", margin)
-            for i, side in enumerate(("chosen", "rejected")):
-                mean.add(f"{side}_reward", self.beta * rewards[:, i])
-                mean.add(f"{side}_log_ratio", logprobs[:, i] - pairs.ref_logprobs[:, i])
+            for name, column in zip(LOGGED, columns, strict=True):
+                mean.add(name, column, pairs.chosen.lengths > 0)
         likelihood = self.nll_coefficient * logprobs[:, 0].sum() / tokens
         return losses.sum().float() / count - likelihood
 
@@ -207,7 +216,7 @@ class DPO(PolicyModule):
         """One optimizer step on one batch."""
         with gathered(self.backbone):
             pairs = self.with_reference(batch)
-        count, tokens, means = total_number(len(batch)), total(batch.chosen.response_mask.sum()), Means()
+        count, tokens, means = total_number(len(batch)), total(batch.chosen.response_mask.sum()), Means(*LOGGED)
         losses = self.losses_of(pairs, lambda piece: self.objective(piece, count, tokens, means))
         self.supervised_step(losses, means, dropout=False)
 

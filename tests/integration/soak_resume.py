@@ -68,14 +68,32 @@ def count_vowels(prompts: list[str], responses: list[str]) -> torch.Tensor:
     return torch.tensor([sum(c in "aeiou" for c in text) / (1 + len(text)) for text in responses])
 
 
+GROUPS = ("RLOO", "GRPO", "ExpertIteration")
+METHODS = ("RewardEnsemble", "DPO", *GROUPS)
+"""What there is beside the three stages of the paper."""
+OWN = {
+    "PPOPolicy": {"ppo": {"minibatch_size": 4}},
+    "RLOO": {"updates": {"minibatch_size": 4, "inner_epochs": 2}},
+    # not scaled: dividing by a deviation near 0 makes rounding of the penalty large where scores tie
+    "GRPO": {
+        "updates": {"minibatch_size": 4, "inner_epochs": 2},
+        "divergence_coefficient": 0.1,
+        "scale_advantages": False,
+    },
+    "ExpertIteration": {"minibatch_size": 2},
+}
+
+
 def write_configs(folder: Path) -> dict[str, Path]:
-    """Configs of the three stages that use every kind of state: two epochs, validation inside and at the end of an
-    epoch, dropout, an adaptive coefficient, running moments, and callbacks that draw."""
+    """Configs of the stages and methods that use every kind of state: two epochs, validation inside and at the end
+    of an epoch, dropout, an adaptive coefficient, running moments, and callbacks that draw."""
     base = str(save_tiny_llama(folder / "base"))
     sft = [{"instruction": row, "output": row[:3]} for row in ROWS]
     pairs = [{"instruction": row, "output_1": "yes " + row[:2], "output_2": "no", "preference": 1} for row in ROWS]
     files = {"SFT": write_jsonl(folder / "sft.jsonl", sft), "RewardModel": write_jsonl(folder / "pairs.jsonl", pairs)}
     files["PPOPolicy"] = write_jsonl(folder / "prompts.jsonl", [{"instruction": row} for row in ROWS])
+    files |= dict.fromkeys(("RewardEnsemble", "DPO"), files["RewardModel"])
+    files |= dict.fromkeys(GROUPS, files["PPOPolicy"])
     draws = {"class_path": "tests.integration.soak_resume.Draws"}
     checkpoints = {"class_path": "lrlhf.Checkpoints"}
     rollout = [
@@ -94,20 +112,18 @@ def write_configs(folder: Path) -> dict[str, Path]:
     ]
     paths = {}
     for kind, data in files.items():
-        ppo = kind == "PPOPolicy"
+        ppo = kind in ("PPOPolicy", *GROUPS)
         model = {
             "base_model": base,
-            "lora": {"r": 2, "dropout": 0.0 if ppo else 0.2},
+            "lora": {"r": 2, "dropout": 0.0 if ppo or kind == "DPO" else 0.2},
             "sampling": {"max_new_tokens": 5},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         }
         if ppo:
-            model |= {"ppo": {"minibatch_size": 4}, "reward_function": "tests.integration.soak_resume.count_vowels"}
-        monitor = {
-            "SFT": ("val/loss", "min"),
-            "RewardModel": ("val/accuracy", "max"),
-            "PPOPolicy": ("val/score", "max"),
-        }
+            model["reward_function"] = "tests.integration.soak_resume.count_vowels"
+            model |= OWN.get(kind, {})
+        pairs_or_prompts = ("val/score", "max") if ppo else ("val/accuracy", "max")
+        monitor = {kind: pairs_or_prompts} | {"SFT": ("val/loss", "min")}
         checkpoints = {
             "class_path": "lrlhf.Checkpoints",
             "init_args": dict(zip(("monitor", "mode"), monitor[kind], strict=True)),
@@ -122,7 +138,10 @@ def write_configs(folder: Path) -> dict[str, Path]:
             "model": {"class_path": f"lrlhf.{kind}", "init_args": model},
             "data": {
                 "class_path": "lrlhf.AlpacaDataModule",
-                "init_args": {"train": data, "val": data, "val_limit": 4, "batch_size": 8},
+                "init_args": {
+                    "train": data, "val": data, "val_limit": 4, "batch_size": 8,
+                    "responses_per_prompt": 2 if kind in GROUPS else 1,
+                },
             },
         }  # fmt: skip
         paths[kind] = folder / f"{kind}.yaml"

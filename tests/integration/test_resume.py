@@ -14,7 +14,7 @@ from lrlhf.__main__ import main
 from lrlhf.cli.verify_resume import differences
 from lrlhf.modules.base import AlignmentModule
 from lrlhf.run.checkpoints import SafeCheckpointIO, all_checkpoints, checkpoint_path, load, newest_checkpoint
-from tests.integration.soak_resume import launch, launch_and_kill_at, soak, write_configs
+from tests.integration.soak_resume import METHODS, launch, launch_and_kill_at, soak, write_configs
 
 STAGES = ("SFT", "RewardModel", "PPOPolicy")
 LAST = 6
@@ -56,6 +56,16 @@ def test_a_run_killed_after_every_iteration_ends_like_the_uninterrupted_one(stag
         assert newest_checkpoint(run) == checkpoint_path(run, iteration)
     assert launch(configs[stage], run) == 0
     differing, compared = differences(whole[stage], run)
+    assert differing == []
+    assert compared > 1000
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_s_run_that_is_killed_ends_like_the_uninterrupted_one(method, configs, tmp_path):
+    assert launch(configs[method], tmp_path / "whole") == 0, (tmp_path / "whole.log").read_text()[-3000:]
+    launch_and_kill_at(configs[method], tmp_path / "run", 4)
+    assert launch(configs[method], tmp_path / "run") == 0
+    differing, compared = differences(tmp_path / "whole", tmp_path / "run")
     assert differing == []
     assert compared > 1000
 
