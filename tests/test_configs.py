@@ -1,6 +1,7 @@
 """The shipped config files parse, build on the meta device, and say what their paper says."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -96,6 +97,26 @@ def test_config_files_build_their_stage_on_the_meta_device(resolve, llama_7b_sha
     assert callbacks.count("DivergenceCallback") == (1 if divergence else 0)
 
 
+METHODS = {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO", "expert_iteration": "ExpertIteration", "best_of_n": "BestOfN"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_s_config_builds_on_the_meta_device_with_nothing_but_a_policy(resolve, llama_7b_shape, method):
+    options = ["--model.init_args.base_model", llama_7b_shape, "--model.init_args.sft", "null"]
+    if method != "dpo":
+        options += ["--model.init_args.reward_model", "null"]
+        options += ["--model.init_args.reward_function", "lrlhf.rewards.vader_sentiment"]
+    files = [CONFIGS / "base.yaml", CONFIGS / f"{method}.yaml", CONFIGS / "hardware/one_gpu.yaml"]
+    _, module, data = parse_config(resolve(*files, options=options))
+    with torch.device("meta"):
+        module.configure_model()
+    assert type(module).__name__ == METHODS[method]
+    trained = sum(p.numel() for p in module.backbone.trainable())
+    assert trained == (0 if method == "best_of_n" else 8_388_608)
+    assert data.task == module.task
+    assert (data.responses_per_prompt > 1) == (method in ("rloo", "grpo", "expert_iteration"))
+
+
 def test_ppo_has_the_paper_s_numbers(resolve):
     files = [CONFIGS / "base.yaml", CONFIGS / "ppo.yaml", CONFIGS / "divergence/js_paper.yaml"]
     values = yaml.safe_load(resolve(*files).read_text())
@@ -118,6 +139,18 @@ def test_a_demo_file_runs_alone(resolve, stage):
     _, module, data = parse_config(resolve(CONFIGS / "demo" / f"{stage}.yaml", options=options))
     assert data.task == module.task == {"sft": "sft", "reward": "preference", "ppo": "prompts"}[stage]
     assert Path(data.sources["train"]).is_file()
+
+
+def test_the_demo_that_can_be_checked_asks_no_held_out_question(resolve):
+    _, module, data = parse_config(resolve(CONFIGS / "demo/grpo.yaml"))
+    train, val = (
+        {line["instruction"]: line["answer"] for line in map(json.loads, Path(data.sources[name]).open())}
+        for name in ("train", "val")
+    )
+    assert not train.keys() & val.keys()
+    for question, answer in (train | val).items():
+        assert int(answer) == max(map(int, re.findall(r"\d+", question)))
+    assert type(module).__name__ == "GRPO"
 
 
 # Divergences
