@@ -369,7 +369,7 @@ CONFIGS: dict[str, tuple[Case, list[str]]] = {
     ),
     "top_p for PPO": (
         lambda lab: lab.ppo(**{"sampling.top_p": "0.9"}),
-        ["PPO's ratio needs the whole distribution", "top_p at 1"],
+        ["PPOPolicy's ratio needs the whole distribution", "top_p at 1"],
     ),
     "minibatch that does not divide": (
         lambda lab: lab.ppo(**{"ppo.minibatch_size": "3"}),
@@ -462,9 +462,9 @@ ALIGN: dict[str, tuple[Case, list[str]]] = {
     ),
     "unknown stage": (
         lambda lab: lab.align({"stages": {"dpo": []}}),
-        ["config key stages.dpo: there is no such key", "ppo"],
+        ["config key stages.dpo: there is no such key", "rl"],
     ),
-    "no stages": (lambda lab: lab.align({"run": "r"}), ["stages names no config files", "sft, reward, ppo"]),
+    "no stages": (lambda lab: lab.align({"run": "r"}), ["stages names no config files", "sft, reward, rl"]),
     "stages as a list": (
         lambda lab: lab.align({"stages": ["sft"]}),
         ["config key stages: expected keys and values, got ['sft']"],

@@ -263,7 +263,7 @@ def test_best_is_the_state_after_the_best_validation(whole):
     assert best["callbacks"]["Checkpoints"]["best"] == pytest.approx(min(rows)[0])
 
 
-def test_a_reward_function_that_raises_leaves_the_iteration_before(configs, tmp_path, monkeypatch):
+def test_a_reward_function_that_raises_leaves_the_iteration_before(configs, tmp_path, monkeypatch, capsys):
     run, calls = tmp_path / "run", []
 
     def failing(prompts: list[str], responses: list[str]) -> torch.Tensor:
@@ -273,7 +273,8 @@ def test_a_reward_function_that_raises_leaves_the_iteration_before(configs, tmp_
         return torch.arange(float(len(responses)))
 
     monkeypatch.setattr("tests.integration.soak_resume.count_vowels", failing)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit):
         fit(configs["PPOPolicy"], run)
+    assert "failing failed at a batch of 8 rows" in capsys.readouterr().err
     # a sanity check, two iterations, a validation, and the third; the sixth call is of the fourth
     assert load(newest_checkpoint(run))["lrlhf"]["iteration"] == 3
