@@ -40,6 +40,8 @@ def stub(**settings: Any) -> Any:
         aux_loss_enabled=False,
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
+        _entropy_bonus_enabled=False,
+        _step=0,
         **settings,
     )
 
@@ -64,7 +66,11 @@ def groups() -> dict[str, Any]:
         "num_items_in_batch": mask.sum(),
     }
     statistics = {"_get_per_token_logps_and_entropies": lambda *_, **__: (new, torch.zeros_like(new), None)}
-    common = {"epsilon_low": 0.2, "args": SimpleNamespace(delta=None, use_bias_correction_kl=False), **statistics}
+    common = {
+        "epsilon_low": 0.2,
+        "args": SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        **statistics,
+    }
     more = {
         "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None,
