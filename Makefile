@@ -23,7 +23,7 @@ bench: $(READY) .venv-peer/.ready  ## our engine beside TRL's, alternating; half
 .venv-peer/.ready:
 	$(PYTHON) -m venv .venv-peer
 	.venv-peer/bin/pip install -q -c constraints.txt torch
-	.venv-peer/bin/pip install -q torch==2.13.0 "trl==1.12.0" "transformers>=5,<6" peft accelerate
+	.venv-peer/bin/pip install -q torch==2.13.0 "trl==1.12.0" "transformers>=5,<6" peft accelerate requests
 	touch $@
 
 lock: $(READY)  ## hashes for installs straight from the package index

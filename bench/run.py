@@ -26,6 +26,7 @@ from lrlhf.model.pretrained import resolve
 
 HERE = Path(__file__).parent
 BASE = "smollm2-135m-instruct"
+METHODS = ("dpo", "rloo", "grpo")
 MICRO = {"bfloat16": "16", "float32": "8"}
 """Rows of a micro-batch of ours: the default, and half of it where activations take twice the bytes. TRL's are 8."""
 
@@ -87,6 +88,40 @@ def floor(prompts: Path, run: dict, rate: dict[str, float]) -> dict[str, float]:
     }
 
 
+def pairs_file(folder: Path) -> Path:
+    """Preference pairs of the demo as plain texts: prompt, chosen, rejected."""
+    texts = []
+    for line in (HERE.parent / "demo/data/preferences.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        row_alone = Row((("user", row["instruction"]),), row["instruction"], "", (), 0.0, "demo")
+        sides = (row["output_1"], row["output_2"])[:: 1 if row["preference"] == 1 else -1]
+        prompt = AlpacaTemplate().render(row_alone, None)
+        texts.append({"prompt": prompt, "chosen": sides[0], "rejected": sides[1]})
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return path
+
+
+def methods(options: argparse.Namespace) -> None:
+    """Time DPO, RLOO and GRPO beside TRL's trainers; a table of means without the first step, which warms up."""
+    rows = pairs_file(Path(tempfile.mkdtemp()))
+    runs = []
+    for dtype in options.dtypes:
+        for method in options.methods or METHODS:
+            work = ["--method", method, "--rows", str(rows), "--dtype", dtype, "--steps", str(options.iterations + 1)]
+            for _ in range(options.rounds):
+                runs.append(call(sys.executable, "engine_methods.py", *work))
+                if not options.only:
+                    runs.append(call(options.peer_python, "peer_methods.py", *work, "--model", resolve(BASE)))
+                options.out.write_text(json.dumps(runs, indent=1))
+    for run in runs:
+        seconds = run["s_per_step"]
+        print(
+            f"{run['engine']:24} {run['method']:5} {run['dtype']:9} {mean(seconds[1:]):6.1f} s/step {seconds}  "
+            f"{run['peak_rss_mib']:5} MiB"
+        )
+
+
 def call(python: str, script: str, *arguments: str) -> dict:
     print("running", script, *arguments, flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -105,8 +140,11 @@ def main():
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--only", choices=["ours"], help="leave the peer out")
     parser.add_argument("--scaling", action="store_true", help="also twice the prompts and twice the tokens, bf16")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, help="time these instead of PPO; none named: all")
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
     options = parser.parse_args()
+    if options.methods is not None:
+        return methods(options)
     prompts = options.prompts or prompts_file(Path(tempfile.mkdtemp()))
     work = ["--prompts", str(prompts), "--iterations", str(options.iterations)]
     report = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "runs": []}

@@ -144,7 +144,10 @@ def test_a_demo_file_runs_alone(resolve, stage):
 def test_the_demo_that_can_be_checked_asks_no_held_out_question(resolve):
     _, module, data = parse_config(resolve(CONFIGS / "demo/grpo.yaml"))
     train, val = (
-        {line["instruction"]: line["answer"] for line in map(json.loads, Path(data.sources[name]).open())}
+        {
+            line["instruction"]: line["answer"]
+            for line in map(json.loads, Path(data.sources[name]).read_text().splitlines())
+        }
         for name in ("train", "val")
     )
     assert not train.keys() & val.keys()

@@ -77,6 +77,8 @@ def read(cli: ConfigCLI, *, gpu: bool = False, four_models: bool = False) -> Job
     trainer, model, data = values["trainer"], values["model"], (values["data"] or {}).get("init_args", {})
     if kind is AlignmentModule or not issubclass(kind, AlignmentModule):
         raise UserError(f"plan: config key model: it plans modules of lrlhf, such as lrlhf.SFT, not {kind.__name__}.")
+    if not kind.trains:
+        raise UserError(f"plan: {kind.__name__} trains nothing; a plan is of a training run.")
     settings = model["init_args"]
     for key in ("max_prompt_tokens", "max_response_tokens", "batch_size"):
         if not isinstance(data.get(key), int):
@@ -87,12 +89,14 @@ def read(cli: ConfigCLI, *, gpu: bool = False, four_models: bool = False) -> Job
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     divergences = [c["init_args"] for c in callbacks if c["class_path"].endswith("DivergenceCallback")]
     named = [name for d in divergences for name in (d.get("divergence"), *(d.get("also_log") or []))]
-    samples = bool({"ppo", "updates"} & settings.keys())
     return Job(
         model={"class_path": model["class_path"], "init_args": settings},
         prompt_tokens=data["max_prompt_tokens"],
-        response_tokens=settings["sampling"]["max_new_tokens"] if samples else data["max_response_tokens"],
+        response_tokens=settings["sampling"]["max_new_tokens"]
+        if kind.task == "prompts"
+        else data["max_response_tokens"],
         batch_size=data["batch_size"],
+        group_size=data.get("responses_per_prompt", 1) if kind.task == "prompts" else 1,
         devices=_devices(trainer["devices"]) * int(trainer.get("num_nodes") or 1),
         gather=_gather(trainer["strategy"]),
         on_cpu=not on_gpu,

@@ -21,6 +21,8 @@ class Job:
     """Of the longest response."""
     batch_size: int
     """Rows of one iteration over all devices."""
+    group_size: int = 1
+    """Responses to one prompt."""
     devices: int = 1
     gather: Gather | None = None
     """How a sharded base is gathered; None: every device holds it whole."""
@@ -38,17 +40,18 @@ class Job:
     @property
     def has_rollouts(self) -> bool:
         """Whether the module samples and scores responses."""
-        return bool({"ppo", "updates"} & self.model["init_args"].keys())
+        return self.minibatch_key is not None
 
     @property
-    def minibatch_key(self) -> str:
-        """The setting that says how many responses one optimizer step takes."""
-        return f"{'ppo' if 'ppo' in self.model['init_args'] else 'updates'}.minibatch_size"
+    def minibatch_key(self) -> str | None:
+        """The setting that says how many responses of a rollout one optimizer step takes; None: there is no rollout."""
+        keys = ("ppo.minibatch_size", "updates.minibatch_size", "minibatch_size")
+        return next((key for key in keys if key.partition(".")[0] in self.model["init_args"]), None)
 
     @property
     def minibatch_rows(self) -> int:
         """Rows of one optimizer step on one device."""
-        return -(-self[self.minibatch_key] // self.devices) if self.has_rollouts else self.rows
+        return -(-self[self.minibatch_key] // self.devices) if self.minibatch_key else self.rows
 
     def __getitem__(self, key: str) -> Any:
         """A setting of the module by its key, dots for nested ones."""

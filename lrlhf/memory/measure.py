@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader
 from lrlhf.callbacks import DivergenceCallback
 from lrlhf.errors import UserError
 from lrlhf.memory.job import Job
-from lrlhf.memory.rehearsal import Phase, build, prompts, sequences
+from lrlhf.memory.rehearsal import Phase, build, pairs, prompts, sequences
 from lrlhf.model.architecture import text_config
 from lrlhf.modules.base import MARK, ROLLOUT, SCORE, UPDATE
-from lrlhf.types import Preferences
 
 
 def small(job: Job) -> Job:
@@ -30,8 +29,9 @@ def small(job: Job) -> Job:
     if job.devices > 1 or job.layout != "one base":
         raise UserError("plan: --measure runs on one device; add --trainer.devices 1 --trainer.strategy auto.")
     rows = 2 * min(job["micro_batch_size"], job.minibatch_rows)
+    rows += -rows % job.group_size
     job = replace(job, batch_size=rows)
-    return job.change(job.minibatch_key, rows) if job.has_rollouts else job
+    return job.change(job.minibatch_key, rows) if job.minibatch_key else job
 
 
 def measure(job: Job) -> dict[Phase, int]:
@@ -42,7 +42,7 @@ def measure(job: Job) -> dict[Phase, int]:
     prompting = module.task == "prompts"
     batch: Any = prompts(job.rows, job) if prompting else sequences(job.rows, job)
     if module.task == "preference":
-        batch = Preferences(batch, batch, torch.zeros(job.rows), torch.arange(job.rows))
+        batch = pairs(batch)
     loader: Any = DataLoader([batch, batch], batch_size=None)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(

@@ -32,7 +32,7 @@ from lrlhf.model.pretrained import first_line
 from lrlhf.modules.base import AlignmentModule
 from lrlhf.modules.reward_source import RewardSource
 from lrlhf.run.handover import Handover
-from lrlhf.types import CriticExperience, Experience, Preferences, Prompts, Sequences
+from lrlhf.types import CriticExperience, Experience, Prompts, ReferencePreferences, Sequences
 
 Phase = Literal["load", "rollout", "score", "update", "checkpoint"]
 Bytes = dict[Phase, dict[str, int]]
@@ -110,6 +110,8 @@ def build(job: Job) -> Any:
     values |= dict.fromkeys(folders)
     if job.has_rollouts:
         values["reward_function"] = f"{__name__}.no_reward"
+    if "bootstrap" in values:
+        values["bootstrap"] = False  # how often a row counts needs no memory, but the data
     module: Any = instantiate(settings)
     module.sft = folders.get("sft")
     if folders.get("reward_model"):
@@ -161,8 +163,9 @@ def sequences(rows: int, job: Job) -> Sequences:
         job: for the lengths.
     """
     prompt_mask = torch.ones(rows, job.prompt_tokens, dtype=torch.bool)
-    prompt_mask[1:2, 0] = False
-    prompts = torch.arange(rows * job.prompt_tokens).view(rows, -1) % 97 + torch.arange(rows)[:, None] + 3
+    group = torch.arange(rows) // job.group_size
+    prompt_mask[group == 1, 0] = False
+    prompts = torch.arange(job.prompt_tokens) % 97 + group[:, None] + 3
     response_mask = torch.ones(rows, job.response_tokens, dtype=torch.bool)
     return Sequences(prompts * prompt_mask, prompt_mask, response_mask.long() * 3, response_mask)
 
@@ -170,7 +173,7 @@ def sequences(rows: int, job: Job) -> Sequences:
 def prompts(rows: int, job: Job) -> Prompts:
     """The same prompts as a batch of PPO."""
     long = sequences(rows, job)
-    return Prompts(long.prompt_ids, long.prompt_mask, ("",) * rows, ({},) * rows)
+    return Prompts(long.prompt_ids, long.prompt_mask, ("",) * rows, ({},) * rows, group_size=job.group_size)
 
 
 def experience(rows: int, job: Job, kind: type[Experience] = CriticExperience) -> Experience:
@@ -182,7 +185,11 @@ def experience(rows: int, job: Job, kind: type[Experience] = CriticExperience) -
         kind: of experience that the module learns from.
     """
     text = sequences(rows, job)
-    beside = {"scores": torch.zeros(rows), "parts": torch.zeros(rows, 0), "groups": torch.arange(rows)}
+    beside = {
+        "scores": torch.zeros(rows),
+        "parts": torch.zeros(rows, 0),
+        "groups": torch.arange(rows) // job.group_size,
+    }
     names = {field.name for field in fields(kind)} - {field.name for field in fields(Sequences)} - beside.keys()
     return kind.of(text, **beside, **{name: torch.zeros(rows, job.response_tokens) for name in names})
 
@@ -363,9 +370,16 @@ def _losses(module: Any, job: Job) -> Iterator[Tensor]:
     if module.task == "prompts":
         yield from module.losses(experience(rows, job, module.experience_type), Means(), Means())
         return
+    text = sequences(rows, job)
     with module.backbone.role(module.role):
-        text = sequences(rows, job)
-        if module.task == "sft":
-            yield module.negative_log_likelihood(text).sum()
-        else:
-            yield module.pair_loss(Preferences(text, text, torch.zeros(rows), torch.arange(rows))).sum()
+        yield from module.losses(text if module.task == "sft" else pairs(text))
+
+
+def pairs(text: Sequences) -> ReferencePreferences:
+    """Each response against itself.
+
+    Args:
+        text: B of them.
+    """
+    rows = len(text)
+    return ReferencePreferences(text, text, torch.zeros(rows), torch.arange(rows), torch.zeros(rows, 2))

@@ -16,7 +16,7 @@ Where it departs from the papers:
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,9 +216,13 @@ class DPO(PolicyModule):
         """One optimizer step on one batch."""
         with gathered(self.backbone):
             pairs = self.with_reference(batch)
-        count, tokens, means = total_number(len(batch)), total(batch.chosen.response_mask.sum()), Means(*LOGGED)
-        losses = self.losses_of(pairs, lambda piece: self.objective(piece, count, tokens, means))
-        self.supervised_step(losses, means, dropout=False)
+        means = Means(*LOGGED)
+        self.supervised_step(self.losses(pairs, means), means, dropout=False)
+
+    def losses(self, pairs: ReferencePreferences, *means: Means) -> Iterator[Tensor]:
+        """The losses of one optimizer step, micro-batch by micro-batch; their sum is the mean over pairs."""
+        count, tokens = total_number(len(pairs)), total(pairs.chosen.response_mask.sum())
+        yield from self.losses_of(pairs, lambda piece: self.objective(piece, count, tokens, *means))
 
     # Evaluate
 

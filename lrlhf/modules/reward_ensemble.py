@@ -66,19 +66,16 @@ class RewardEnsemble(RewardModel):
         draws = torch.poisson(torch.ones(rows), generator(self.seed, "bootstrap", role))
         return draws.to(numbers.device)[numbers]
 
-    def training_step(self, batch: Preferences, batch_idx: int) -> None:
-        """One optimizer step of all members on one batch."""
+    def losses(self, batch: Preferences) -> Iterator[Tensor]:
+        """The losses of one optimizer step of all members, member by member."""
         pairs = total_number(len(batch))
 
         def weighted(rows: Preferences, role: str) -> Tensor:
             return (self.pair_loss(rows) * self.counts(role, rows.numbers)).sum() / pairs
 
-        def losses() -> Iterator[Tensor]:
-            for role in self.roles:
-                with self.backbone.role(role):
-                    yield from self.losses_of(batch, partial(weighted, role=role))
-
-        self.supervised_step(losses())
+        for role in self.roles:
+            with self.backbone.role(role):
+                yield from self.losses_of(batch, partial(weighted, role=role))
 
     @torch.no_grad()
     def member_scores(self, batch: Preferences) -> Tensor:

@@ -1,5 +1,6 @@
 """Reward modelling: a scalar head on an adapter learns which of two responses people prefer."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,8 +51,12 @@ class RewardModel(AlignmentModule):
 
     def training_step(self, batch: Preferences, batch_idx: int) -> None:
         """One optimizer step on one batch."""
+        self.supervised_step(self.losses(batch))
+
+    def losses(self, batch: Preferences) -> Iterator[Tensor]:
+        """The losses of one optimizer step, micro-batch by micro-batch; their sum is the mean over pairs."""
         pairs = total_number(len(batch))
-        self.supervised_step(self.losses_of(batch, lambda rows: self.pair_loss(rows).sum() / pairs))
+        yield from self.losses_of(batch, lambda rows: self.pair_loss(rows).sum() / pairs)
 
     @torch.no_grad()
     def validation_step(self, batch: Preferences, batch_idx: int) -> None:

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the likelihood of demonstrations, on the response tokens only."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,8 +37,12 @@ class SFT(AlignmentModule):
 
     def training_step(self, batch: Sequences, batch_idx: int) -> None:
         """One optimizer step on one batch."""
+        self.supervised_step(self.losses(batch))
+
+    def losses(self, batch: Sequences) -> Iterator[Tensor]:
+        """The losses of one optimizer step, micro-batch by micro-batch; their sum is the mean over tokens."""
         tokens = total(batch.response_mask.sum())
-        self.supervised_step(self.losses_of(batch, lambda rows: self.negative_log_likelihood(rows).sum() / tokens))
+        yield from self.losses_of(batch, lambda rows: self.negative_log_likelihood(rows).sum() / tokens)
 
     @torch.no_grad()
     def validation_step(self, batch: Sequences, batch_idx: int) -> None:

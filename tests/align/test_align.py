@@ -96,6 +96,44 @@ def test_a_fault_of_the_last_stage_is_told_before_the_first_begins(aligned, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "rows"),
+    [
+        ("DPO", {}, {}),
+        pytest.param(
+            "GRPO",
+            {"reward_function": "lrlhf.rewards.vader_sentiment", "updates": {"minibatch_size": 8}},
+            {"responses_per_prompt": 4},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_method_without_a_reward_model_skips_that_stage(
+    aligned, tmp_path, tiny_llama, data_files, capsys, kind, settings, rows
+):
+    _run, arguments = aligned
+    path = tmp_path / "rl.yaml"
+    values = {"base_model": tiny_llama, "lora": {"r": 2}, "sampling": {"max_new_tokens": 6}, **settings}
+    train = data_files["pairs" if kind == "DPO" else "prompts"]
+    data = {"train": train, "val": train, "batch_size": 8, **rows}
+    config = {
+        "trainer": TRAINER,
+        "model": {"class_path": f"lrlhf.{kind}", "init_args": values},
+        "data": {"class_path": "lrlhf.AlpacaDataModule", "init_args": data},
+    }
+    path.write_text(yaml.safe_dump(config))
+    run = tmp_path / "run"
+    main([*arguments, "--run", str(run), "--stages.rl", f"[{path}]", "--compare.prompts", data_files["prompts"]])
+    assert "reward: skipped" in capsys.readouterr().out
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["evaluations", "rl", "sft"]
+    result = json.loads((run / "comparison.json").read_text())
+    assert result["divergences"]["exact_kl"] > 0
+    assert (result["rows"][0]["after"]["learned"] is None) == (kind == "DPO")
+    assert result["rows"][0]["after"]["gold"] is not None
+    page = (run / "report.html").read_text()
+    assert ("margin" if kind == "DPO" else "groups_with_signal") in page
+
+
 def test_stages_that_are_done_are_skipped_and_a_change_runs_what_follows_it(aligned, capsys):
     _run, arguments = aligned
     main(arguments)

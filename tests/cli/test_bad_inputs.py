@@ -32,8 +32,8 @@ TRAINER = {
 TEXT = {"class_path": "lrlhf.TextTemplate", "init_args": {"without_input": "Q: {instruction}\n"}}
 MODEL = {"lora": {"r": 2, "targets": ["q_proj", "v_proj"]}, "micro_batch_size": 4}
 PPO = {"ppo.minibatch_size": 4, "sampling": {"max_new_tokens": 4}}
-CLASSES = {"sft": "SFT", "reward": "RewardModel", "ppo": "PPOPolicy"}
-DATA = {"sft": "sft", "reward": "pairs", "ppo": "prompts"}
+CLASSES = {"sft": "SFT", "reward": "RewardModel", "ppo": "PPOPolicy", "dpo": "DPO", "rloo": "RLOO"}
+DATA = {"sft": "sft", "reward": "pairs", "ppo": "prompts", "dpo": "pairs", "rloo": "prompts"}
 
 
 @dataclass
@@ -164,6 +164,11 @@ HI = "\n\nHuman: hi\n\nAssistant: "
 CHAT = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
 
 ROWS: dict[str, tuple[Case, list[str]]] = {
+    "a pair without chosen": (
+        lambda lab: lab.rows({"prompt": "Add.", "rejected": "12"}, stage="dpo"),
+        ["rows.jsonl, row 1", "chosen"],
+    ),
+    "nothing but ties": (lambda lab: lab.rows({**PAIR, "preference": 0}, stage="dpo"), ["rows.jsonl", "tie"]),
     "missing output": (lambda lab: lab.rows(GOOD, {"instruction": "i"}), ["row 2", "the sft task needs an output"]),
     "output is null": (lambda lab: lab.rows({**GOOD, "output": None}), ["row 1", "output must be text, got NoneType"]),
     "output is a number": (lambda lab: lab.rows({**GOOD, "output": 3}), ["row 1", "output must be text, got int"]),
@@ -220,7 +225,48 @@ ROWS: dict[str, tuple[Case, list[str]]] = {
     ),
 }
 
+
+def one_argument(prompts):
+    """A reward function that asks for too little."""
+
+
 CONFIGS: dict[str, tuple[Case, list[str]]] = {
+    "a group of one": (
+        lambda lab: lab.fit("rloo", reward_function="lrlhf.rewards.vader_sentiment"),
+        ["RLOO compares the responses to one prompt", "data.responses_per_prompt"],
+    ),
+    "a group that does not fit the batch": (
+        lambda lab: lab.data("responses_per_prompt", "3", stage="rloo"),
+        ["data.responses_per_prompt=3", "data.batch_size=8"],
+    ),
+    "a reward function with a wrong signature": (
+        lambda lab: lab.fit("rloo", reward_function=f"{__name__}.one_argument"),
+        ["one_argument", "prompts, responses"],
+    ),
+    "a reward function that asks for a column that is not there": (
+        lambda lab: lab.fit(
+            "rloo",
+            *("--data.init_args.responses_per_prompt", "4", "--model.init_args.updates.minibatch_size", "4"),
+            reward_function="lrlhf.rewards.exact_answer",
+        ),
+        ["exact_answer", "answer", "prompts.jsonl"],
+    ),
+    "an ensemble of one": (
+        lambda lab: lab.fit("reward", "--model", "lrlhf.RewardEnsemble", "--model.init_args.members", "1"),
+        ["members", "1"],
+    ),
+    "a divergence that gives no implicit reward": (
+        lambda lab: lab.fit("dpo", divergence="lrlhf.functional.absolute"),
+        ["model.divergence: absolute gives no implicit reward"],
+    ),
+    "best of n that should train": (
+        lambda lab: lab.fit("rloo", "--model", "lrlhf.BestOfN", reward_function="lrlhf.rewards.vader_sentiment"),
+        ["BestOfN trains nothing", "lrlhf predict"],
+    ),
+    "a plan of what trains nothing": (
+        lambda lab: lab.fit("rloo", "--model", "lrlhf.BestOfN", command="plan"),
+        ["BestOfN trains nothing"],
+    ),
     "unknown command": (lambda lab: ["train"], ["there is no command 'train'", "lrlhf --help"]),
     "unknown option": (lambda lab: lab.fit("sft", "--learning_rate", "1"), ["--learning_rate", "--help"]),
     "unknown key on top": (lambda lab: lab.fit("sft", *lab.config({"modle": 1})), ["config key modle", "no such key"]),

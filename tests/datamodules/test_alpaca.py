@@ -405,3 +405,71 @@ def test_splits_of_earlier_runs_stay_what_they_were():
         "row 0",
         "row 7",
     ]
+
+
+# Conversations
+
+TALK = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "sun"},
+    {"role": "assistant", "content": "rain"},
+    {"role": "user", "content": "tea"},
+    {"role": "assistant", "content": "cat"},
+]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "wanted"),
+    [
+        ("last", [("<system>be brief\n<user>sun\n<assistant>rain\n<user>tea\n<assistant>", "cat</s>")]),
+        (
+            "all",
+            [
+                ("<system>be brief\n<user>sun\n<assistant>", "rain</s>"),
+                ("<system>be brief\n<user>sun\n<assistant>rain\n<user>tea\n<assistant>", "cat</s>"),
+            ],
+        ),
+    ],
+)
+def test_sft_trains_the_last_turn_or_each_behind_the_turns_before_it(tiny_llama, tokenizer, save, train_on, wanted):
+    data = load(train=save([{"messages": TALK}]), tokenizer=tiny_llama, template=ChatTemplate(), train_on=train_on)
+    found = [(tokenizer.decode(row.prompt), tokenizer.decode(row.responses[0])) for row in data.rows["train"]]
+    assert found == wanted
+    assert [row.number for row in data.rows["train"]] == list(range(len(wanted)))
+
+
+def test_a_turn_that_calls_a_tool_is_context_and_its_result_too(tiny_llama, tokenizer, save):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}
+    talk = [*TALK[:2], call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "three"}]
+    data = load(train=save([{"messages": talk}]), tokenizer=tiny_llama, template=ChatTemplate(), train_on="all")
+    (row,) = data.rows["train"]
+    assert tokenizer.decode(row.prompt).endswith("<tool>3\n<assistant>")
+    assert tokenizer.decode(row.responses[0]) == "three</s>"
+
+
+def test_tools_reach_the_template_and_one_without_a_place_for_them_refuses_the_row(tiny_llama, tmp_path, save):
+    rows = save([{"messages": TALK, "tools": [{"name": "add"}]}])
+    with pytest.raises(UserError, match=r"rows.jsonl, row 1: the chat template .* says nothing of tools"):
+        load(train=rows, tokenizer=tiny_llama, template=ChatTemplate())
+    able = AutoTokenizer.from_pretrained(tiny_llama)
+    able.chat_template = "{% for t in tools %}[{{ t.name }}]{% endfor %}" + able.chat_template
+    able.save_pretrained(tmp_path / "able")
+    data = load(train=rows, tokenizer=str(tmp_path / "able"), template=ChatTemplate())
+    assert able.decode(data.rows["train"][0].prompt).startswith("[add]<system>")
+
+
+def test_pairs_and_prompts_take_conversations_as_prompts(tiny_llama, tokenizer, save):
+    pair = {"chosen": TALK, "rejected": [*TALK[:4], {"role": "assistant", "content": "dog"}]}
+    before = "<system>be brief\n<user>sun\n<assistant>rain\n<user>tea\n<assistant>"
+    pairs = load(train=save([pair]), task="preference", tokenizer=tiny_llama, template=ChatTemplate())
+    (row,) = pairs.rows["train"]
+    assert [tokenizer.decode(ids) for ids in (row.prompt, *row.responses)] == [before, "cat</s>", "dog</s>"]
+    prompts = load(
+        train=save([{"messages": TALK}], "prompts.jsonl"), task="prompts", tokenizer=tiny_llama, template=ChatTemplate()
+    )
+    assert tokenizer.decode(prompts.rows["train"][0].prompt) == before
+
+
+def test_all_turns_are_for_sft(tiny_llama, save):
+    with pytest.raises(UserError, match="data.train_on=all is for SFT"):
+        load(train=save([{"messages": TALK}]), task="prompts", tokenizer=tiny_llama, train_on="all")

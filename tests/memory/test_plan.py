@@ -1,5 +1,7 @@
 """The plan against closed forms, and against what the allocator says of a real iteration."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -149,12 +151,14 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(llama, settings):
         assert plan.counted(phase) == pytest.approx(size, rel=0.1)
 
 
-@pytest.mark.parametrize("stage", ["SFT", "RewardModel"])
+@pytest.mark.parametrize("stage", ["SFT", "RewardModel", "RewardEnsemble", "DPO"])
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}], ids=str)
-def test_so_is_that_of_the_stages_before(llama, stage, settings):
+def test_so_is_that_of_the_stages_without_rollouts(llama, stage, settings):
+    more = {"RewardEnsemble": {"members": 3, "bootstrap": True}, "DPO": {"precompute_reference": False}}
     values = {
         "base_model": llama,
-        "sft": "runs/sft/handover" if stage == "RewardModel" else None,
+        "sft": None if stage == "SFT" else "runs/sft/handover",
+        **more.get(stage, {}),
         "lora": {"r": 8},
         "dtype": "float32",
         "quantize": None,
@@ -166,6 +170,23 @@ def test_so_is_that_of_the_stages_before(llama, stage, settings):
     plan, measured = Plan(little), measure(little)
     assert plan.counted(plan.peak) == pytest.approx(max(measured.values()), rel=0.1)
     assert set(measured) == {"update"}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("RLOO", {"updates": {"minibatch_size": 16}}),
+        ("GRPO", {"updates": {"minibatch_size": 16}, "divergence_coefficient": 0.04}),
+        pytest.param("ExpertIteration", {"minibatch_size": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_so_is_that_of_the_methods_with_groups(llama, method, settings):
+    ours = job(llama, **settings)
+    del ours.model["init_args"]["ppo"]
+    model = {"class_path": f"lrlhf.{method}", "init_args": ours.model["init_args"]}
+    little = small(replace(ours, model=model, group_size=4))
+    plan, measured = Plan(little), measure(little)
+    assert plan.counted(plan.peak) == pytest.approx(max(measured.values()), rel=0.1)
 
 
 @pytest.mark.slow

@@ -7,8 +7,11 @@ import time
 import pytest
 import torch
 
+import lrlhf
 from lrlhf import UserError
 from lrlhf.rewards import Reward
+from tests.conftest import write_jsonl
+from tests.modules.test_ppo_policy import fit
 
 PROMPTS, RESPONSES = ["p1", "p2", "p3"], ["one", "two words", "and three words"]
 ROWS = [{"answer": "1", "level": 3}, {"answer": "2"}, {"answer": "3"}]
@@ -153,3 +156,58 @@ def test_a_function_that_does_not_fit_is_refused_in_a_sentence(function, says):
 def test_a_weight_must_be_finite():
     with pytest.raises(UserError, match="weight of the reward function"):
         Reward(lambda prompts, responses: [0.0], weight=float("inf"))
+
+
+def brevity(prompts, responses):
+    return [-len(r) / 10 for r in responses]
+
+
+def starts(prompts, responses, answer):
+    return [float(r.startswith(a)) for r, a in zip(responses, answer, strict=True)]
+
+
+def picky(prompts, responses, answer):
+    if "2" in answer:
+        raise ValueError("no 2")
+    return [0.0] * len(responses)
+
+
+def fit_with(functions, tmp_path, tiny_llama, columns=("answer",)) -> list[dict[str, float]]:
+    """A short fit of RLOO with these rewards; what each iteration logged."""
+    rows = [{"instruction": f"say {i}", **dict.fromkeys(columns, str(i))} for i in range(4)]
+    data = lrlhf.AlpacaDataModule(
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        task="prompts",
+        tokenizer=tiny_llama,
+        template=lrlhf.TextTemplate("{instruction}"),
+        batch_size=8,
+        responses_per_prompt=4,
+    )
+    policy = lrlhf.RLOO(
+        base_model=tiny_llama,
+        lora=lrlhf.LoRA(r=2),
+        reward_function=functions,
+        updates=lrlhf.Updates(minibatch_size=8, inner_epochs=1),
+        sampling=lrlhf.Sampling(max_new_tokens=4),
+    )
+    return fit(tmp_path, policy, data).metrics
+
+
+def test_several_rewards_are_weighed_and_each_is_logged(tmp_path, tiny_llama):
+    for found in fit_with([Reward(brevity, weight=0.5), Reward(starts, weight=2.0)], tmp_path, tiny_llama):
+        parts = 0.5 * found["train/score/brevity"] + 2.0 * found["train/score/starts"]
+        assert found["train/score"] == pytest.approx(parts, abs=1e-6)
+        assert found["train/score/brevity"] < 0
+
+
+def test_a_column_that_the_data_lacks_is_refused_before_the_first_step(tmp_path, tiny_llama):
+    def asked(prompts, responses, answer):
+        pytest.fail("it was called without its column")
+
+    with pytest.raises(UserError, match=r"asked .*answer"):
+        fit_with(asked, tmp_path, tiny_llama, columns=())
+
+
+def test_a_failure_in_a_fit_names_file_and_row(tmp_path, tiny_llama):
+    with pytest.raises(UserError, match=r"picky.*rows\.jsonl, row 3.*no 2"):
+        fit_with([Reward(picky, workers=2)], tmp_path, tiny_llama)
