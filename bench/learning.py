@@ -35,6 +35,12 @@ parser.add_argument("--out", type=Path, default=Path("bench/learning.json"))
 parser.add_argument("--one", nargs=2, metavar=("METHOD", "SEED"), help="used within")
 options = parser.parse_args()
 
+from lrlhf.cli.start import keep_few_kernels, keep_freed_memory, quiet  # noqa: E402
+
+quiet()
+keep_freed_memory()
+keep_few_kernels()
+
 
 def prompts(**settings: Any) -> Any:
     """The demo's prompts, in its template."""
@@ -124,6 +130,7 @@ def train(method: str, seed: int) -> list[dict[str, Any]]:
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             self.seconds += time.perf_counter() - self.begun
+            print(f"{method} {seed}: {module.iteration} iterations, {self.seconds:.0f} s", file=sys.stderr)
             trainer.should_stop = self.seconds >= options.seconds
             if self.seconds >= options.every * len(self.found) or trainer.should_stop:
                 self.measure(module)

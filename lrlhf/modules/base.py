@@ -238,6 +238,26 @@ class AlignmentModule(L.LightningModule):
     def _template(self) -> Any:
         return getattr(getattr(self._trainer, "datamodule", None), "template", None)
 
+    def numbered_rows(self, setting: str) -> tuple[Any, Callable[[list[Any]], Preferences]]:
+        """The training pairs, and how they become a batch, where a batch tells which of them it holds.
+
+        Args:
+            setting: of the model, which must know a pair again; for the message.
+
+        Raises:
+            UserError: the batches do not tell.
+        """
+        loader: Any = self.trainer.train_dataloader
+        rows, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        if hasattr(rows, "__getitem__") and hasattr(rows, "__len__") and collate is not None and len(rows):
+            last = len(rows) - 1
+            if collate([rows[last]]).numbers.tolist() == [last]:
+                return rows, collate
+        raise UserError(
+            f"model.{setting} needs training pairs that know their place (Preferences.numbers), as those of "
+            "lrlhf.AlpacaDataModule; set it to false."
+        )
+
     # Optimise
 
     def configure_optimizers(self) -> Any:

@@ -116,19 +116,13 @@ class DPO(PolicyModule):
     def on_train_start(self) -> None:
         """Compute the reference's log-probs of all pairs, or take them up again."""
         super().on_train_start()
-        if self.precompute_reference and self.reference is None:
+        if self.precompute_reference:
             with gathered(self.backbone):
                 self.reference = self._all_reference_sums()
 
     def _all_reference_sums(self) -> Tensor:
         """[N, 2] fp32 of the N training pairs, by their numbers."""
-        loader: Any = self.trainer.train_dataloader
-        rows, collate = loader.dataset, loader.collate_fn
-        if not hasattr(rows, "__getitem__") or collate([rows[len(rows) - 1]]).numbers.tolist() != [len(rows) - 1]:
-            raise UserError(
-                "model.precompute_reference needs training pairs that know their place (Preferences.numbers), as those "
-                "of lrlhf.AlpacaDataModule; set it to false."
-            )
+        rows, collate = self.numbered_rows("precompute_reference")
         pieces = [range(start, min(start + ROWS, len(rows))) for start in range(0, len(rows), ROWS)]
         key = hashlib.sha256(json.dumps([self.identity(), self.temperature], default=str).encode())
         for piece in pieces:

@@ -40,6 +40,7 @@ class RewardEnsemble(RewardModel):
         self.members, self.bootstrap = members, bootstrap
         check_ranges(self)
         self.disagreement = MeanMetric()
+        self._draws: dict[str, Tensor] = {}
 
     @property
     def roles(self) -> list[str]:
@@ -53,6 +54,13 @@ class RewardEnsemble(RewardModel):
             # without LoRA each member is a copy of the base
             self.backbone.add_role(role, (*below, role), trainable=True, head="random")
 
+    def on_train_start(self) -> None:
+        """Draw how often each pair counts for each member."""
+        super().on_train_start()
+        if self.bootstrap:
+            ones = torch.ones(len(self.numbered_rows("bootstrap")[0]))
+            self._draws = {role: torch.poisson(ones, generator(self.seed, "bootstrap", role)) for role in self.roles}
+
     def counts(self, role: str, numbers: Tensor) -> Tensor:
         """How often each pair counts for a member: fp32, shape of `numbers`.
 
@@ -62,9 +70,7 @@ class RewardEnsemble(RewardModel):
         """
         if not self.bootstrap:
             return torch.ones_like(numbers, dtype=torch.float32)
-        rows = len(self.trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-        draws = torch.poisson(torch.ones(rows), generator(self.seed, "bootstrap", role))
-        return draws.to(numbers.device)[numbers]
+        return self._draws[role].to(numbers.device)[numbers]
 
     def losses(self, batch: Preferences) -> Iterator[Tensor]:
         """The losses of one optimizer step of all members, member by member."""

@@ -451,7 +451,8 @@ def test_tools_reach_the_template_and_one_without_a_place_for_them_refuses_the_r
     rows = save([{"messages": TALK, "tools": [{"name": "add"}]}])
     with pytest.raises(UserError, match=r"rows.jsonl, row 1: the chat template .* says nothing of tools"):
         load(train=rows, tokenizer=tiny_llama, template=ChatTemplate())
-    able = AutoTokenizer.from_pretrained(tiny_llama)
+    shutil.copytree(tiny_llama, tmp_path / "able")
+    able = AutoTokenizer.from_pretrained(tmp_path / "able")
     able.chat_template = "{% for t in tools %}[{{ t.name }}]{% endfor %}" + able.chat_template
     able.save_pretrained(tmp_path / "able")
     data = load(train=rows, tokenizer=str(tmp_path / "able"), template=ChatTemplate())
