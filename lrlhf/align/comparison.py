@@ -46,7 +46,7 @@ def compare(
     """
     start = time.perf_counter()
     config, module, data = load_run(run / "rl")
-    data.val_limit = count
+    data.task, data.val_limit = "prompts", count  # of a method that learns from pairs, the prompts of its pairs
     if prompts is not None:
         data.sources["val"] = prompts
     data.setup("validate")

@@ -32,6 +32,7 @@ TRAINER = {
 TEXT = {"class_path": "lrlhf.TextTemplate", "init_args": {"without_input": "Q: {instruction}\n"}}
 MODEL = {"lora": {"r": 2, "targets": ["q_proj", "v_proj"]}, "micro_batch_size": 4}
 PPO = {"ppo.minibatch_size": 4, "sampling": {"max_new_tokens": 4}}
+RLOO = {"updates.minibatch_size": 4, "sampling": {"max_new_tokens": 4}}
 CLASSES = {"sft": "SFT", "reward": "RewardModel", "ppo": "PPOPolicy", "dpo": "DPO", "rloo": "RLOO"}
 DATA = {"sft": "sft", "reward": "pairs", "ppo": "prompts", "dpo": "pairs", "rloo": "prompts"}
 
@@ -58,7 +59,7 @@ class Lab:
             "trainer": {**TRAINER, "default_root_dir": str(self.folder / "run")},
             "model": {
                 "class_path": f"lrlhf.{CLASSES[stage]}",
-                "init_args": {"base_model": self.base, **MODEL, **(PPO if stage == "ppo" else {})},
+                "init_args": {"base_model": self.base, **MODEL, **{"ppo": PPO, "rloo": RLOO}.get(stage, {})},
             },
             "data": {
                 "class_path": "lrlhf.AlpacaDataModule",
@@ -168,7 +169,10 @@ ROWS: dict[str, tuple[Case, list[str]]] = {
         lambda lab: lab.rows({"prompt": "Add.", "rejected": "12"}, stage="dpo"),
         ["rows.jsonl, row 1", "chosen"],
     ),
-    "nothing but ties": (lambda lab: lab.rows({**PAIR, "preference": 0}, stage="dpo"), ["rows.jsonl", "tie"]),
+    "nothing but ties": (
+        lambda lab: lab.rows({**PAIR, "preference": 0}, stage="dpo", more=("--data.init_args.verdicts", "from_one")),
+        ["rows.jsonl", "no row is left", "tie"],
+    ),
     "missing output": (lambda lab: lab.rows(GOOD, {"instruction": "i"}), ["row 2", "the sft task needs an output"]),
     "output is null": (lambda lab: lab.rows({**GOOD, "output": None}), ["row 1", "output must be text, got NoneType"]),
     "output is a number": (lambda lab: lab.rows({**GOOD, "output": 3}), ["row 1", "output must be text, got int"]),
@@ -236,20 +240,22 @@ CONFIGS: dict[str, tuple[Case, list[str]]] = {
         ["RLOO compares the responses to one prompt", "data.responses_per_prompt"],
     ),
     "a group that does not fit the batch": (
-        lambda lab: lab.data("responses_per_prompt", "3", stage="rloo"),
+        lambda lab: lab.fit(
+            "rloo", "--data.init_args.responses_per_prompt", "3", reward_function="lrlhf.rewards.vader_sentiment"
+        ),
         ["data.responses_per_prompt=3", "data.batch_size=8"],
     ),
     "a reward function with a wrong signature": (
         lambda lab: lab.fit("rloo", reward_function=f"{__name__}.one_argument"),
-        ["one_argument", "prompts, responses"],
+        ["the reward function one_argument must take prompts and responses; it takes prompts"],
     ),
     "a reward function that asks for a column that is not there": (
         lambda lab: lab.fit(
             "rloo",
-            *("--data.init_args.responses_per_prompt", "4", "--model.init_args.updates.minibatch_size", "4"),
+            *("--data.init_args.responses_per_prompt", "4"),
             reward_function="lrlhf.rewards.exact_answer",
         ),
-        ["exact_answer", "answer", "prompts.jsonl"],
+        ["the reward function exact_answer asks for the column 'answer', which the data does not have"],
     ),
     "an ensemble of one": (
         lambda lab: lab.fit("reward", "--model", "lrlhf.RewardEnsemble", "--model.init_args.members", "1"),

@@ -453,7 +453,7 @@ def test_tools_reach_the_template_and_one_without_a_place_for_them_refuses_the_r
         load(train=rows, tokenizer=tiny_llama, template=ChatTemplate())
     shutil.copytree(tiny_llama, tmp_path / "able")
     able = AutoTokenizer.from_pretrained(tmp_path / "able")
-    able.chat_template = "{% for t in tools %}[{{ t.name }}]{% endfor %}" + able.chat_template
+    able.chat_template = "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}" + able.chat_template
     able.save_pretrained(tmp_path / "able")
     data = load(train=rows, tokenizer=str(tmp_path / "able"), template=ChatTemplate())
     assert able.decode(data.rows["train"][0].prompt).startswith("[add]<system>")

@@ -97,12 +97,15 @@ def test_two_processes_train_what_one_trains(kind, strategy, configs, alone, tmp
 @pytest.mark.parametrize(
     ("method", "strategy"),
     [
-        *((method, "ddp") for method in METHODS),
-        ("GRPO", "fsdp2_by_layer"),
+        ("RLOO", "ddp"),
         ("DPO", "fsdp2"),
-        ("RewardEnsemble", "fsdp2"),
-        *(pytest.param(method, "fsdp2", marks=slow) for method in ("RLOO", "ExpertIteration")),
-        *(pytest.param(method, "fsdp2_by_layer", marks=slow) for method in METHODS if method != "GRPO"),
+        ("RewardEnsemble", "ddp"),
+        *(
+            pytest.param(method, strategy, marks=slow)
+            for method in METHODS
+            for strategy in STRATEGIES
+            if (method, strategy) not in [("RLOO", "ddp"), ("DPO", "fsdp2"), ("RewardEnsemble", "ddp")]
+        ),
     ],
 )
 def test_two_processes_train_by_a_method_what_one_trains(method, strategy, configs, tmp_path):

@@ -60,7 +60,10 @@ def test_a_run_killed_after_every_iteration_ends_like_the_uninterrupted_one(stag
     assert compared > 1000
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    ["RLOO", "DPO", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m not in ("RLOO", "DPO"))],
+)
 def test_a_method_s_run_that_is_killed_ends_like_the_uninterrupted_one(method, configs, tmp_path):
     assert launch(configs[method], tmp_path / "whole") == 0, (tmp_path / "whole.log").read_text()[-3000:]
     launch_and_kill_at(configs[method], tmp_path / "run", 4)

@@ -152,7 +152,11 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(llama, settings):
 
 
 @pytest.mark.parametrize("stage", ["SFT", "RewardModel", "RewardEnsemble", "DPO"])
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"gradient_checkpointing": True, "dtype": "bfloat16"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_so_is_that_of_the_stages_without_rollouts(llama, stage, settings):
     more = {"RewardEnsemble": {"members": 3, "bootstrap": True}, "DPO": {"precompute_reference": False}}
     values = {
@@ -175,8 +179,8 @@ def test_so_is_that_of_the_stages_without_rollouts(llama, stage, settings):
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
-        ("RLOO", {"updates": {"minibatch_size": 16}}),
         ("GRPO", {"updates": {"minibatch_size": 16}, "divergence_coefficient": 0.04}),
+        pytest.param("RLOO", {"updates": {"minibatch_size": 16}}, marks=pytest.mark.slow),
         pytest.param("ExpertIteration", {"minibatch_size": 4}, marks=pytest.mark.slow),
     ],
 )
