@@ -250,8 +250,8 @@ class AlignmentModule(L.LightningModule):
         loader: Any = self.trainer.train_dataloader
         rows, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
         if hasattr(rows, "__getitem__") and hasattr(rows, "__len__") and collate is not None and len(rows):
-            last = len(rows) - 1
-            if collate([rows[last]]).numbers.tolist() == [last]:
+            last = collate([rows[len(rows) - 1]])
+            if isinstance(last, Preferences) and last.numbers.tolist() == [len(rows) - 1]:
                 return rows, collate
         raise UserError(
             f"model.{setting} needs training pairs that know their place (Preferences.numbers), as those of "

@@ -3,9 +3,12 @@
 import itertools
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lrlhf import DPO, AlpacaDataModule, LoRA, TextTemplate, UserError
 from lrlhf.functional import (
@@ -21,6 +24,7 @@ from lrlhf.functional import (
 )
 from lrlhf.metrics import Means
 from lrlhf.types import Preferences
+from tests.conftest import write_jsonl
 from tests.modules.helpers import SMALL, adamw, train_sft, trainer
 
 F_DIVERGENCES = [kl, bregman, js, forward_kl, alpha_divergence]
@@ -179,6 +183,27 @@ def test_the_reference_is_computed_once_and_kept(tmp_path, tiny_llama, data_file
     for batch in data.train_dataloader():
         expected = [first.logprobs(side, "reference").sum(1) for side in (batch.chosen, batch.rejected)]
         torch.testing.assert_close(first.reference[batch.numbers], torch.stack(expected, 1), atol=1e-4, rtol=0)
+
+
+def test_the_same_module_fitted_to_other_pairs_has_their_reference(tmp_path, tiny_llama, data_files):
+    module = dpo(tiny_llama)
+    fit(tmp_path / "first", module, pairs(tiny_llama, data_files))
+    rows = [json.loads(line) for line in Path(data_files["pairs"]).read_text().splitlines()][20:]
+    data = pairs(tiny_llama, {"pairs": write_jsonl(tmp_path / "others.jsonl", rows)})
+    fit(tmp_path / "second", module, data)
+    assert len(module.reference) == 20
+    batch = next(iter(data.train_dataloader()))
+    wanted = [module.logprobs(side, "reference").sum(1) for side in (batch.chosen, batch.rejected)]
+    torch.testing.assert_close(module.reference[batch.numbers], torch.stack(wanted, 1), atol=1e-4, rtol=0)
+
+
+def test_pairs_that_do_not_know_their_place_are_refused(tmp_path, tiny_llama, data_files):
+    data = pairs(tiny_llama, data_files)
+    data.setup("fit")
+    batches = [replace(batch, numbers=torch.zeros_like(batch.numbers)) for batch in data.train_dataloader()]
+    loader = DataLoader(batches, batch_size=None)
+    with pytest.raises(UserError, match=r"precompute_reference needs training pairs that know their place"):
+        fit(tmp_path, dpo(tiny_llama), loader)
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

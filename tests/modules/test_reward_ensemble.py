@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lrlhf import AlpacaDataModule, RewardEnsemble, RewardModel, UserError
 from lrlhf.functional import preference_loss
@@ -66,6 +67,15 @@ def test_bootstrap_counts_rows_as_drawing_with_replacement_does(trained):
     assert torch.equal(counts[0], module.counts("reward_1", torch.arange(40))), "the same in every epoch"
     assert counts.mean() == pytest.approx(1, abs=0.3)
     assert (counts == 0).float().mean() == pytest.approx(0.37, abs=0.12)  # 1 / e of the rows
+
+
+def test_bootstrap_needs_pairs_that_know_their_place(tmp_path, tiny_llama, data_files):
+    data = pairs(tiny_llama, data_files)
+    data.setup("fit")
+    loader = DataLoader(list(data.train_dataloader()), batch_size=None)
+    module = RewardEnsemble(base_model=tiny_llama, members=2, **SMALL)
+    with pytest.raises(UserError, match=r"bootstrap needs training pairs that know their place"):
+        trainer(tmp_path, enable_checkpointing=False).fit(module, loader)
 
 
 def test_validation_is_of_the_mean_score_and_tells_the_disagreement(trained, tiny_llama, data_files):
