@@ -248,7 +248,8 @@ class AlignmentModule(L.LightningModule):
             UserError: the batches do not tell.
         """
         loader: Any = self.trainer.train_dataloader
-        rows, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        rows: Any = getattr(loader, "dataset", None)
+        collate: Any = getattr(loader, "collate_fn", None)
         if hasattr(rows, "__getitem__") and hasattr(rows, "__len__") and collate is not None and len(rows):
             last = collate([rows[len(rows) - 1]])
             if isinstance(last, Preferences) and last.numbers.tolist() == [len(rows) - 1]:

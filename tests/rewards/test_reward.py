@@ -200,10 +200,11 @@ def test_several_rewards_are_weighed_and_each_is_logged(tmp_path, tiny_llama):
         assert found["train/score/brevity"] < 0
 
 
-def test_a_column_that_the_data_lacks_is_refused_before_the_first_step(tmp_path, tiny_llama):
+def test_a_column_that_the_data_lacks_is_refused_before_anything_is_sampled(tmp_path, tiny_llama, monkeypatch):
     def asked(prompts, responses, answer):
-        pytest.fail("it was called without its column")
+        return [0.0] * len(responses)
 
+    monkeypatch.setattr(lrlhf.RLOO, "rollout", lambda *_: pytest.fail("it sampled"))
     with pytest.raises(UserError, match=r"asked .*answer"):
         fit_with(asked, tmp_path, tiny_llama, columns=())
 
