@@ -43,7 +43,7 @@ def length_reward(prompts, responses):
 
 
 class Clock(L.Callback):
-    """Seconds of each step, and tokens that it trained on."""
+    """Seconds of each step; and no response ends early."""
 
     def __init__(self):
         self.seconds, self.begun = [], 0.0

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
@@ -104,6 +105,7 @@ def build(method: str) -> tuple[Any, Any, list[Any]]:
     return lrlhf.DPO(**common, divergence=divergence, beta=0.1, precompute_reference=False), pairs, []
 
 
+@cache
 def held_out(batch_size: int) -> Any:
     """Batches of the held-out prompts."""
     data = prompts(val_batch_size=batch_size, val_limit=options.prompts)

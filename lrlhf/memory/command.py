@@ -89,14 +89,13 @@ def read(cli: ConfigCLI, *, gpu: bool = False, four_models: bool = False) -> Job
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     divergences = [c["init_args"] for c in callbacks if c["class_path"].endswith("DivergenceCallback")]
     named = [name for d in divergences for name in (d.get("divergence"), *(d.get("also_log") or []))]
+    samples = kind.task == "prompts"
     return Job(
         model={"class_path": model["class_path"], "init_args": settings},
         prompt_tokens=data["max_prompt_tokens"],
-        response_tokens=settings["sampling"]["max_new_tokens"]
-        if kind.task == "prompts"
-        else data["max_response_tokens"],
+        response_tokens=settings["sampling"]["max_new_tokens"] if samples else data["max_response_tokens"],
         batch_size=data["batch_size"],
-        group_size=data.get("responses_per_prompt", 1) if kind.task == "prompts" else 1,
+        group_size=data.get("responses_per_prompt", 1) if samples else 1,
         devices=_devices(trainer["devices"]) * int(trainer.get("num_nodes") or 1),
         gather=_gather(trainer["strategy"]),
         on_cpu=not on_gpu,

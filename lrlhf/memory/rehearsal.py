@@ -111,7 +111,7 @@ def build(job: Job) -> Any:
     if job.has_rollouts:
         values["reward_function"] = f"{__name__}.no_reward"
     if "bootstrap" in values:
-        values["bootstrap"] = False  # how often a row counts needs no memory, but the data
+        values["bootstrap"] = False  # to draw how often a pair counts it would need the data
     module: Any = instantiate(settings)
     module.sft = folders.get("sft")
     if folders.get("reward_model"):
@@ -174,6 +174,16 @@ def prompts(rows: int, job: Job) -> Prompts:
     """The same prompts as a batch of PPO."""
     long = sequences(rows, job)
     return Prompts(long.prompt_ids, long.prompt_mask, ("",) * rows, ({},) * rows, group_size=job.group_size)
+
+
+def pairs(text: Sequences) -> ReferencePreferences:
+    """Each response against itself.
+
+    Args:
+        text: B of them.
+    """
+    rows = len(text)
+    return ReferencePreferences(text, text, torch.zeros(rows), torch.arange(rows), torch.zeros(rows, 2))
 
 
 def experience(rows: int, job: Job, kind: type[Experience] = CriticExperience) -> Experience:
@@ -373,13 +383,3 @@ def _losses(module: Any, job: Job) -> Iterator[Tensor]:
     text = sequences(rows, job)
     with module.backbone.role(module.role):
         yield from module.losses(text if module.task == "sft" else pairs(text))
-
-
-def pairs(text: Sequences) -> ReferencePreferences:
-    """Each response against itself.
-
-    Args:
-        text: B of them.
-    """
-    rows = len(text)
-    return ReferencePreferences(text, text, torch.zeros(rows), torch.arange(rows), torch.zeros(rows, 2))
