@@ -34,7 +34,8 @@ class HeadToHead(Evaluation):
         order: both shows each pair twice, the second time swapped; hash once, swapped for half of the instructions.
         sampling: how answers are drawn; null takes the run's own.
         template: how instructions are rendered; null takes the run's own, and for a base model its chat template.
-        dtype: of the frozen base of what answers; null takes the run's own, and bfloat16 for a base model.
+        dtype: of the frozen base of what answers; null takes the run's own, and for a base model
+            bfloat16 where the device multiplies it in hardware, else float32.
         limit: prompts at most.
     """
 

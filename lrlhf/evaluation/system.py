@@ -21,6 +21,7 @@ from lrlhf.functional.randomness import generator
 from lrlhf.model.adapters import CONFIG
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.generation import respond, stream_tokens
+from lrlhf.model.precision import fast_dtype
 from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
 from lrlhf.modules.self_check import check_reward_model
 from lrlhf.run.handover import Handover
@@ -52,7 +53,8 @@ class System:
     Args:
         source: a run folder, a hand-over folder, or a base model (hub id, folder, GGUF file or short name).
         role: what was trained, or the reference that it started from.
-        dtype: of the frozen base; null takes the one that the run used, and bfloat16 for a base model.
+        dtype: of the frozen base; null takes the one that the run used, and for a base model
+            bfloat16 where the device multiplies it in hardware, else float32.
         template: how instructions are rendered; null takes that of the run's config, and of a base model the chat
             template.
         sampling: how responses are drawn; null takes the run's, and for a base model the defaults.
@@ -81,7 +83,8 @@ class System:
         self.template = template or settings.get("template") or (AlpacaTemplate() if folder else None)
         self.sampling = sampling or settings.get("sampling") or Sampling()
         self.quantize: Quantization | None = settings.get("quantize")
-        self.dtype: DType = dtype or (self.handover.dtype if self.handover else "bfloat16")  # type: ignore[assignment]
+        of_run: Any = self.handover.dtype if self.handover else None
+        self.dtype: DType = dtype or of_run or fast_dtype(_device())
         self.reward_model: str | None = settings.get("reward_model")
         """Hand-over of the reward model that the run trained with, if its config names one."""
         self.role = role
@@ -117,7 +120,7 @@ class System:
             self._load_role(backbone)
             self.end = self.template.end_id(self.tokenizer)
             self.stop_ids = torch.tensor(stop_tokens(self.tokenizer, backbone.model, self.end, self.sampling.stop))
-            self._backbone = backbone.to("cuda" if torch.cuda.is_available() else "cpu")
+            self._backbone = backbone.to(_device())
         return self._backbone
 
     def _shares_base_with(self, other: "System") -> bool:
@@ -307,3 +310,7 @@ def _settings(handover: Path) -> dict[str, Any]:
     found = {key: (data if key == "template" else model).get(key) for key in ("template", "sampling", "quantize")}
     made = vars(parser.instantiate_classes(parser.parse_object(found)))
     return made | {"reward_model": model.get("reward_model")}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

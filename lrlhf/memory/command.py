@@ -11,6 +11,7 @@ from lrlhf.errors import UserError
 from lrlhf.memory.job import Job
 from lrlhf.memory.measure import measure, small
 from lrlhf.memory.plan import FRAGMENTATION, GIB, RUNTIME, Plan, largest, remedies
+from lrlhf.model.precision import fast_dtype
 from lrlhf.modules.base import AlignmentModule
 
 KINDS = (
@@ -85,6 +86,8 @@ def read(cli: ConfigCLI, *, gpu: bool = False, four_models: bool = False) -> Job
             raise UserError(f"data.init_args.{key} must be set: what a run needs depends on it.")
     accelerator = trainer["accelerator"]
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and (gpu or torch.cuda.is_available()))
+    if settings["dtype"] == "auto":
+        settings["dtype"] = "float32" if settings["lora"] is None else "bfloat16" if on_gpu else fast_dtype("cpu")
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     divergences = [c["init_args"] for c in callbacks if c["class_path"].endswith("DivergenceCallback")]

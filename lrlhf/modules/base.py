@@ -23,6 +23,7 @@ from lrlhf.functional.randomness import generator
 from lrlhf.metrics import Means
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.generation import respond
+from lrlhf.model.precision import fast_dtype
 from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
 from lrlhf.model.quantization import refuse_paged
 from lrlhf.model.sharding import FSDP2Strategy, check_strategy, gathered, shard
@@ -50,7 +51,8 @@ class AlignmentModule(L.LightningModule):
         base_model: hub id, folder, GGUF file or short name of the frozen base.
         sft: hand-over folder of an SFT run whose adapter lies below this stage's; None if the base is an SFT model.
         lora: settings of new adapters; null trains full models, for comparison.
-        dtype: of the frozen base; what trains is fp32 always.
+        dtype: of the frozen base; what trains is fp32 always. auto takes bfloat16 where the device multiplies it in
+            hardware, else float32 (always with lora: null).
         quantize: keep the linear layers of the frozen base in 8 or 4 bits; null keeps them in `dtype`. All stages of a
             run need the same.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
@@ -76,7 +78,7 @@ class AlignmentModule(L.LightningModule):
         base_model: str = "smollm2-135m-instruct",
         sft: str | None = None,
         lora: LoRA | None = LoRA(),
-        dtype: DType = "float32",
+        dtype: DType | Literal["auto"] = "float32",
         quantize: Quantization | None = None,
         gradient_checkpointing: bool = False,
         micro_batch_size: PositiveInt = 16,
@@ -89,13 +91,13 @@ class AlignmentModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
-        self.base_model, self.sft, self.lora, self.dtype_name = base_model, sft, lora, dtype
+        self.base_model, self.sft, self.lora, self._dtype_name = base_model, sft, lora, dtype
         self.quantize = quantize
         self.gradient_checkpointing, self.micro_batch_size = gradient_checkpointing, micro_batch_size
         self.sampling, self.optimizer, self.schedule = sampling, optimizer, schedule
         self.max_grad_norm, self.on_nonfinite = max_grad_norm, on_nonfinite
         check_ranges(self)
-        if lora is None and dtype != "float32":
+        if lora is None and dtype not in ("float32", "auto"):
             raise UserError(f"model.dtype={dtype} with lora: null would train in {dtype}; set dtype: float32.")
         if lora is None and quantize is not None:
             raise UserError(
@@ -116,6 +118,14 @@ class AlignmentModule(L.LightningModule):
     def build_roles(self) -> None:
         """Define the roles of this stage on `self.backbone`, which holds the base alone so far."""
         raise NotImplementedError
+
+    @property
+    def dtype_name(self) -> DType:
+        """Of the base; what `auto` means depends on the trainer's device."""
+        if self._dtype_name != "auto":
+            return self._dtype_name
+        device = self.trainer.strategy.root_device.type if self._trainer else "cpu"
+        return "float32" if self.lora is None else fast_dtype(device)
 
     def make_backbone(self) -> Backbone:
         """The base, without roles. Override it to load a base in another way."""

@@ -121,6 +121,20 @@ def test_the_word_fsdp_is_planned_as_the_fsdp2_that_a_fit_runs(stage):
     assert read(ConfigCLI("plan", add_options, arguments)).gather == "rollout"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [
+        (["--trainer.accelerator", "gpu"], "bfloat16"),
+        ([], "float32"),
+        (["--trainer.accelerator", "gpu", "--model.init_args.lora", "null"], "float32"),
+    ],
+)
+def test_a_plan_takes_the_dtype_that_auto_means_there(stage, monkeypatch, arguments, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    planned = read(ConfigCLI("plan", add_options, ["--config", stage, "--model.init_args.dtype", "auto", *arguments]))
+    assert planned["dtype"] == dtype
+
+
 @pytest.mark.parametrize("arguments", [[], ["--config", "null.yaml"], ["--model", "null"]])
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "plan", "verify-resume"])
 def test_without_a_module_every_command_shows_a_first_one(tmp_path, monkeypatch, capsys, command, arguments):
