@@ -9,9 +9,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 
 parser = argparse.ArgumentParser()
@@ -32,44 +29,11 @@ keep_freed_memory()
 keep_few_kernels()
 
 import lightning as L  # noqa: E402
-import torch  # noqa: E402
 
 import lrlhf  # noqa: E402
-
-UNUSED = 3
-"""A token that the model never samples: no response ends early, on either side of the comparison."""
+from lrlhf.doctor.timing import TimedPPO  # noqa: E402
 
 COMMON = {"base_model": options.base_model, "dtype": options.dtype, "micro_batch_size": options.micro}
-
-
-class Timed(lrlhf.PPOPolicy):
-    """PPO with a clock on each phase, and responses that do not end."""
-
-    def configure_model(self):
-        super().configure_model()
-        self.stop_ids = torch.tensor([UNUSED])
-        self.phases, self.iterations, self.tokens = defaultdict(list), [], []
-
-    @contextmanager
-    def clock(self, phase):
-        start = time.perf_counter()
-        yield
-        self.phases[phase].append(time.perf_counter() - start)
-
-    def sample(self, *arguments):
-        with self.clock("generate"):
-            ids, mask = super().sample(*arguments)
-        self.tokens.append(int(mask.sum()))
-        return ids, mask
-
-    def optimize(self, experience):
-        with self.clock("update"):
-            super().optimize(experience)
-
-    def training_step(self, batch, batch_idx):
-        start = time.perf_counter()
-        super().training_step(batch, batch_idx)
-        self.iterations.append(time.perf_counter() - start)
 
 
 def trainer(folder, **settings):
@@ -115,7 +79,7 @@ def main():
         batch_size=options.rollout,
         group_by_length=False,
     )
-    policy = Timed(
+    policy = TimedPPO(
         **COMMON,
         reward_model=f"{folder}/handover",
         lora=lrlhf.LoRA(r=8, alpha=64),
@@ -124,19 +88,14 @@ def main():
     )
     callbacks = [lrlhf.DivergenceCallback(coefficient=0.02), lrlhf.MissingEOSPenalty(1.0)]
     trainer(folder, callbacks=callbacks, limit_val_batches=0, num_sanity_val_steps=0).fit(policy, data)
-    phases = dict(policy.phases)
-    phases["score"] = [
-        whole - generate - update
-        for whole, generate, update in zip(policy.iterations, phases["generate"], phases["update"], strict=True)
-    ]
     print(
         json.dumps(
             {
                 "engine": f"lrlhf {lrlhf.__version__}",
                 **{k: v for k, v in vars(options).items() if k not in ("prompts", "reward", "base_model")},
                 "s_per_iteration": [round(s, 2) for s in policy.iterations],
-                "phases": {name: [round(s, 2) for s in seconds] for name, seconds in phases.items()},
-                "response_tokens": policy.tokens,
+                "phases": {name: [round(s, 2) for s in seconds] for name, seconds in policy.phases.items()},
+                "response_tokens": policy.response_tokens,
                 "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                 "trainable": sum(p.numel() for p in policy.backbone.trainable()),
             }

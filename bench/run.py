@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lrlhf.datamodules import AlpacaTemplate
 from lrlhf.datamodules.formats import Row
+from lrlhf.doctor.timing import layer_weights, products
 from lrlhf.kernels.linear import linear
 from lrlhf.model.pretrained import resolve
 
@@ -62,30 +63,20 @@ def rates(dtype: str) -> dict[str, float]:
 
 
 def floor(prompts: Path, run: dict, rate: dict[str, float]) -> dict[str, float]:
-    """Seconds that an iteration's matrix products would take at that rate, by phase; a decoded token reads all weights.
+    """Seconds that an iteration's matrix products would take at that rate, by phase; two inner epochs.
 
-    Trunk passes over every token: one to generate; policy, reference, reward model and critic to score; forward and
-    backward of policy and critic in each of two epochs. Passes of the LM head over response tokens: one to generate,
-    two to score, and two (forward, and derivative by the states) in each epoch.
+    A decoded token reads all weights, which may take longer than to multiply them.
     """
     config = AutoConfig.from_pretrained(resolve(BASE))
-    width, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
-    trunk = config.num_hidden_layers * (2 * width * width + 2 * width * kv + 3 * width * inner)
-    head = width * config.vocab_size
     tokenizer = AutoTokenizer.from_pretrained(resolve(BASE))
     rows = prompts.read_text().splitlines()[: run["rollout"]]
     prompt = sum(len(tokenizer(json.loads(row)["prompt"])["input_ids"]) for row in rows)
     response = run["rollout"] * run["response"]
-
-    def seconds(trunk_tokens: int, head_tokens: int) -> float:
-        return 2 * (trunk * trunk_tokens + head * head_tokens) / rate["gflops"] / 1e9
-
-    reading = run["response"] * (trunk + head) * (2 if run["dtype"] == "bfloat16" else 4) / rate["gb_per_s"] / 1e9
-    return {
-        "generate": seconds(prompt, 0) + max(seconds(response, response), reading),
-        "score": seconds(4 * (prompt + response), 2 * response),
-        "update": seconds(8 * (prompt + response), 4 * response),
-    }
+    seconds = {k: n / rate["gflops"] / 1e9 for k, n in products(config, prompt, response, inner_epochs=2).items()}
+    weights = sum(layer_weights(config)) * (2 if run["dtype"] == "bfloat16" else 4)
+    decoding = products(config, 0, response, inner_epochs=2)["generate"] / rate["gflops"] / 1e9
+    reading = run["response"] * weights / rate["gb_per_s"] / 1e9
+    return seconds | {"generate": seconds["generate"] + max(0, reading - decoding)}
 
 
 def pairs_file(folder: Path) -> Path:

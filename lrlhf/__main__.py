@@ -1,4 +1,4 @@
-"""The command line: lrlhf fit | validate | test | predict | align | evaluate | export | report | plan | ..."""
+"""The command line: lrlhf fit | validate | test | predict | align | evaluate | export | report | plan | doctor | ..."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ USAGE = """usage: lrlhf COMMAND [options]
              lrlhf export runs/ppo --to exports/policy
   chat       talk to it: lrlhf chat runs/ppo --beside reference
   plan       the memory that a run needs, before it runs: lrlhf plan --config configs/demo/sft.yaml
+  doctor     what this machine can run; --check proves it on its device
   verify-resume   prove on your config that a killed run ends like an uninterrupted one
   report     tables, plots and one HTML page of runs, side by side: lrlhf report runs/demo
 
@@ -78,6 +79,10 @@ def command(name: str) -> Callable[[list[str]], object]:
         from lrlhf.memory.command import main as plan
 
         return plan
+    if name == "doctor":
+        from lrlhf.doctor.command import main as doctor
+
+        return doctor
     if name == "verify-resume":
         from lrlhf.cli.verify_resume import main as verify_resume
 

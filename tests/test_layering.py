@@ -10,6 +10,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py")}
 
 FLOORS = (
     ("__main__",),
+    ("doctor",),
     ("align", "memory", "export", "chat"),
     ("report",),
     ("evaluation",),
@@ -35,7 +36,7 @@ HOMES = {
     "choix": {"evaluation/win_rate.py"},
     "vaderSentiment": {"rewards/functions.py"},
     "math_verify": {"rewards/functions.py"},
-    "transformers": {"model", "kernels/install.py", "modules/base.py", "memory/rehearsal.py"},
+    "transformers": {"model", "kernels/install.py", "modules/base.py", "memory/rehearsal.py", "doctor/checks.py"},
 }
 """Where a big dependency may be imported: files, or whole rooms."""
 

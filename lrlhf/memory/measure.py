@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
@@ -24,8 +25,8 @@ def small(job: Job) -> Job:
     Raises:
         UserError: a job for several devices.
     """
-    if not job.on_cpu:
-        raise UserError("plan: --measure runs on a CPU so far; add --trainer.accelerator cpu.")
+    if not job.on_cpu and not torch.cuda.is_available():
+        raise UserError("plan: --measure runs on this machine, which has no GPU; add --trainer.accelerator cpu.")
     if job.devices > 1 or job.layout != "one base":
         raise UserError("plan: --measure runs on one device; add --trainer.devices 1 --trainer.strategy auto.")
     rows = 2 * min(job["micro_batch_size"], job.minibatch_rows)
@@ -47,7 +48,7 @@ def measure(job: Job) -> dict[Phase, int]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             default_root_dir=folder,
-            accelerator="cpu",
+            accelerator="cpu" if job.on_cpu else "gpu",
             devices=1,
             max_epochs=1,
             logger=False,
@@ -60,13 +61,21 @@ def measure(job: Job) -> dict[Phase, int]:
         )
         gc.collect()  # what is freed later counts against this job
         weights = [*module.backbone.parameters(), *module.backbone.buffers()]
-        static = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in weights}.values())
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        held = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in weights}.values())
+        activities = [ProfilerActivity.CPU, *([] if job.on_cpu else [ProfilerActivity.CUDA])]
+        with profile(activities=activities, profile_memory=True) as profiled:
             trainer.fit(module, loader)
-    return _peaks(profiled, static)
+    return _peaks(profiled, DeviceType.CPU, held) if job.on_cpu else _peaks(profiled, DeviceType.CUDA, 0)
 
 
-def _peaks(profiled: Any, static: int) -> dict[Phase, int]:
+def _peaks(profiled: Any, device: DeviceType, static: int) -> dict[Phase, int]:
+    """Bytes at the peak of each phase.
+
+    Args:
+        profiled: what the profiler recorded.
+        device: whose allocations count.
+        static: bytes that it held before.
+    """
     events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     spans: dict[Any, list[tuple[int, int]]] = {}
     for event in events:
@@ -75,7 +84,7 @@ def _peaks(profiled: Any, static: int) -> dict[Phase, int]:
             spans.setdefault(event.name().removeprefix(MARK), []).append(span)
     now, peaks = static, dict.fromkeys(spans, 0)
     for event in events:
-        if event.name() != "[memory]":
+        if event.name() != "[memory]" or event.device_type() != device:
             continue
         now += event.nbytes()
         for phase, found in spans.items():
