@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all check bench lock clean
+.PHONY: demo test test-all check bench gpu-check lock clean
 
 demo: $(READY)  ## SFT, reward model and PPO on a laptop CPU, then a report
 	$(RUN)/lrlhf align --config configs/demo/align.yaml
@@ -19,6 +19,9 @@ check: $(READY)  ## style and types
 
 bench: $(READY) .venv-peer/.ready  ## our engine beside TRL's, alternating; half an hour on an idle machine
 	$(RUN)/python bench/run.py --scaling
+
+gpu-check: $(READY)  ## proof on this machine's GPU, or on its processor; writes doctor.json and doctor.txt
+	$(RUN)/lrlhf doctor --check
 
 .venv-peer/.ready:
 	$(PYTHON) -m venv .venv-peer
