@@ -202,7 +202,10 @@ class AlignmentCLI(LightningCLI):
             ) from error
 
     def before_fit(self) -> None:
-        """Go on from the run folder's newest checkpoint unless told otherwise."""
+        """Go on from the run folder's newest checkpoint unless told otherwise; a run's config says what `auto` was."""
+        settings = self._get(self.config, "model").get("init_args") or {}
+        if isinstance(self.model, AlignmentModule) and settings.get("dtype") == "auto":
+            settings["dtype"] = self.model.dtype_on(self.trainer.strategy.root_device.type)
         config, run = self.config_init["fit"], Path(self.trainer.default_root_dir)
         if config["fresh"]:
             if self.trainer.is_global_zero:

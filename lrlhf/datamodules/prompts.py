@@ -137,7 +137,8 @@ def encode_prompt(template: Template, row: Row, text: str, tokenizer: Any, speci
         tokenizer: of the base.
         special: its `special_tokens`.
     """
-    if any(token in json.dumps(row.tools, ensure_ascii=False) for token in special):
+    tools = json.dumps(row.tools, ensure_ascii=False)
+    if any(token in tools for token in special):
         raise BadRow("tools holds text that this tokenizer takes for a special token")
     written = [row.instruction, row.input, *(turn[1] for turn in row.messages)]
     if not any(token in said for token in special for said in written):

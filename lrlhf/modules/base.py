@@ -121,10 +121,17 @@ class AlignmentModule(L.LightningModule):
 
     @property
     def dtype_name(self) -> DType:
-        """Of the base; what `auto` means depends on the trainer's device."""
+        """Of the base."""
+        return self.dtype_on(self.trainer.strategy.root_device.type if self._trainer else "cpu")
+
+    def dtype_on(self, device: str) -> DType:
+        """Of the base on a kind of device, on which depends what `auto` means.
+
+        Args:
+            device: cuda, or any other for the processor.
+        """
         if self._dtype_name != "auto":
             return self._dtype_name
-        device = self.trainer.strategy.root_device.type if self._trainer else "cpu"
         return "float32" if self.lora is None else fast_dtype(device)
 
     def make_backbone(self) -> Backbone:

@@ -135,6 +135,18 @@ def test_a_plan_takes_the_dtype_that_auto_means_there(stage, monkeypatch, argume
     assert planned["dtype"] == dtype
 
 
+def test_a_run_says_which_dtype_auto_was_and_goes_on_in_no_other(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    words = ["--config", stage, "--model.init_args.dtype", "auto", "--trainer.limit_val_batches", "0"]
+    main(["fit", *words])
+    saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert saved["model"]["init_args"]["dtype"] == "float32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    said = fails(capsys, "fit", *words, "--trainer.max_epochs", "2")
+    assert "model.init_args.dtype: float32, now bfloat16" in said
+
+
 @pytest.mark.parametrize("arguments", [[], ["--config", "null.yaml"], ["--model", "null"]])
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "plan", "verify-resume"])
 def test_without_a_module_every_command_shows_a_first_one(tmp_path, monkeypatch, capsys, command, arguments):
