@@ -32,21 +32,9 @@ import lightning as L  # noqa: E402
 
 import lrlhf  # noqa: E402
 from lrlhf.doctor.timing import TimedPPO  # noqa: E402
+from lrlhf.memory.measure import bare_trainer  # noqa: E402
 
 COMMON = {"base_model": options.base_model, "dtype": options.dtype, "micro_batch_size": options.micro}
-
-
-def trainer(folder, **settings):
-    return L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **settings,
-    )
 
 
 def template():
@@ -61,7 +49,7 @@ def make_reward(folder):
     data = lrlhf.AlpacaDataModule(
         str(path), task="preference", tokenizer=options.base_model, template=template(), batch_size=2
     )
-    trainer(folder, limit_val_batches=0).fit(lrlhf.RewardModel(**COMMON), data)
+    bare_trainer(folder, []).fit(lrlhf.RewardModel(**COMMON), data)
 
 
 def main():
@@ -87,7 +75,7 @@ def main():
         sampling=lrlhf.Sampling(max_new_tokens=options.response),
     )
     callbacks = [lrlhf.DivergenceCallback(coefficient=0.02), lrlhf.MissingEOSPenalty(1.0)]
-    trainer(folder, callbacks=callbacks, limit_val_batches=0, num_sanity_val_steps=0).fit(policy, data)
+    bare_trainer(folder, callbacks).fit(policy, data)
     print(
         json.dumps(
             {

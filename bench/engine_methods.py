@@ -7,7 +7,6 @@ import argparse
 import json
 import resource
 import tempfile
-import time
 from pathlib import Path
 
 parser = argparse.ArgumentParser()
@@ -32,9 +31,8 @@ import lightning as L  # noqa: E402
 import torch  # noqa: E402
 
 import lrlhf  # noqa: E402
-
-UNUSED = 3
-"""A token that the model never samples: no response ends early, on either side of the comparison."""
+from lrlhf.doctor.timing import UNUSED, Clock  # noqa: E402
+from lrlhf.memory.measure import bare_trainer  # noqa: E402
 
 
 def length_reward(prompts, responses):
@@ -42,19 +40,11 @@ def length_reward(prompts, responses):
     return [float(len(response)) / 100 for response in responses]
 
 
-class Clock(L.Callback):
-    """Seconds of each step; and no response ends early."""
+class NoEnd(L.Callback):
+    """No response ends early."""
 
-    def __init__(self):
-        self.seconds, self.begun = [], 0.0
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == 0:
-            module.stop_ids = torch.tensor([UNUSED])
-        self.begun = time.perf_counter()
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.seconds.append(round(time.perf_counter() - self.begun, 2))
+    def on_train_start(self, trainer, module):
+        module.stop_ids = torch.tensor([UNUSED])
 
 
 def build():
@@ -95,25 +85,13 @@ def main():
     L.seed_everything(0, verbose=False)
     module, data, callbacks = build()
     clock = Clock()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tempfile.mkdtemp(),
-        callbacks=[*callbacks, clock],
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(module, data)
+    bare_trainer(tempfile.mkdtemp(), [*callbacks, NoEnd(), clock]).fit(module, data)
     print(
         json.dumps(
             {
                 "engine": f"lrlhf {lrlhf.__version__}",
                 **{k: v for k, v in vars(options).items() if k not in ("rows", "base_model")},
-                "s_per_step": clock.seconds,
+                "s_per_step": [round(s, 2) for s in clock.seconds],
                 "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                 "trainable": sum(p.numel() for p in module.backbone.trainable()),
             }

@@ -119,6 +119,7 @@ def train(method: str, seed: int) -> list[dict[str, Any]]:
     import torch
 
     from lrlhf.functional import exact_kl
+    from lrlhf.memory.measure import bare_trainer
     from lrlhf.rewards import vader_sentiment
     from lrlhf.types import Sequences
 
@@ -160,18 +161,7 @@ def train(method: str, seed: int) -> list[dict[str, Any]]:
     L.seed_everything(seed, verbose=False)
     module, data, callbacks = build(method)
     clock = Clock()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=50,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        default_root_dir=tempfile.mkdtemp(),
-        callbacks=[*callbacks, clock],
-    )
-    trainer.fit(module, data)
+    bare_trainer(tempfile.mkdtemp(), [*callbacks, clock], max_epochs=50).fit(module, data)
     return clock.found
 
 

@@ -8,13 +8,10 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -24,10 +21,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from lrlhf.callbacks import DivergenceCallback, MissingEOSPenalty
 from lrlhf.config import PPO, DType, LoRA, Quantization, Sampling
 from lrlhf.datamodules import AlpacaDataModule
-from lrlhf.doctor.machine import memory_of, ppo_job
-from lrlhf.doctor.timing import TimedPPO, products
-from lrlhf.memory.measure import measure, small
-from lrlhf.memory.plan import GIB, Plan
+from lrlhf.doctor.machine import ppo_job
+from lrlhf.doctor.timing import Clock, TimedPPO, products
+from lrlhf.memory.measure import bare_trainer, measure, small
+from lrlhf.memory.plan import GIB, Plan, memory_of
 from lrlhf.memory.rehearsal import no_reward
 from lrlhf.model.architecture import text_config
 from lrlhf.model.backbone import Backbone
@@ -80,10 +77,12 @@ class Workplace:
         """
         path = self.folder / f"{task}-{rows}-{words}.jsonl"
         texts = [" ".join(WORDS[(i * 7 + k * (i + 3)) % len(WORDS)] for k in range(words + i % 4)) for i in range(rows)]
-        answers = {"sft": {"output": "yes, it is"}, "prompts": {}}
-        pair = {"output_1": "yes", "output_2": "no, never", "preference": 1}
-        found = [{"instruction": text, **answers.get(task, pair)} for text in texts]
-        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+        columns: dict[str, dict[str, Any]] = {
+            "sft": {"output": "yes, it is"},
+            "preference": {"output_1": "yes", "output_2": "no, never", "preference": 1},
+            "prompts": {},
+        }
+        path.write_text("".join(json.dumps({"instruction": text, **columns[task]}) + "\n" for text in texts))
         return str(path)
 
     def fit(self, module: Any, name: str, batch_size: int, words: int = 6, iterations: int = 2) -> list[float]:
@@ -96,39 +95,16 @@ class Workplace:
             words: of an instruction.
             iterations: how many.
         """
-        clock = _Clock(self.device)
-        trainer = L.Trainer(
-            accelerator="gpu" if self.device == "cuda" else "cpu",
-            devices=1,
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            default_root_dir=self.folder / name,
-            callbacks=[clock, *([DivergenceCallback(), MissingEOSPenalty()] if module.task == "prompts" else [])],
+        clock = Clock()
+        shaping = [DivergenceCallback(), MissingEOSPenalty()] if module.task == "prompts" else []
+        data = AlpacaDataModule(
+            train=self.data(module.task, batch_size * iterations, words),
+            task=module.task,
+            tokenizer=module.base_model,
+            batch_size=batch_size,
         )
-        file = self.data(module.task, batch_size * iterations, words)
-        tokenizer = module.base_model
-        data = AlpacaDataModule(train=file, task=module.task, tokenizer=tokenizer, batch_size=batch_size)
-        trainer.fit(module, data)
+        bare_trainer(self.folder / name, [clock, *shaping], device=self.device).fit(module, data)
         return clock.seconds
-
-
-class _Clock(L.Callback):
-    def __init__(self, device: str):
-        self.wait: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.wait()
-        self.began = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.wait()
-        self.seconds.append(time.perf_counter() - self.began)
 
 
 def random_model(folder: Path, sizes: dict[str, Any], dtype: str = "float32", device: str = "cpu") -> str:
@@ -253,7 +229,7 @@ def resume(place: Workplace) -> list[str]:
     """A killed PPO run ends bit for bit like an uninterrupted one."""
     config = _write_ppo(place)
     said = _lrlhf("verify-resume", "--config", config, "--iterations", "3", "--kill-at", "iteration:2")
-    return [f"{said.splitlines()[-1]} (trainer.deterministic: {_deterministic(place)})"]
+    return [f"{said.splitlines()[-1]} (trainer.deterministic: {_deterministic(place) or 'null'})"]
 
 
 def processes(place: Workplace) -> list[str]:
@@ -275,8 +251,8 @@ def processes(place: Workplace) -> list[str]:
     return [*lines, "over NCCL on two GPUs" if on_gpus else "over gloo on the processor"]
 
 
-def _deterministic(place: Workplace) -> str:
-    return "warn" if place.device == "cuda" else "null"
+def _deterministic(place: Workplace) -> str | None:
+    return "warn" if place.device == "cuda" else None
 
 
 def _write_ppo(place: Workplace) -> str:
@@ -287,7 +263,7 @@ def _write_ppo(place: Workplace) -> str:
         "trainer": {
             "accelerator": "gpu" if place.device == "cuda" else "cpu",
             "devices": 1,
-            "deterministic": yaml.safe_load(_deterministic(place)),
+            "deterministic": _deterministic(place),
             "limit_train_batches": 2,
             "log_every_n_steps": 1,
             "limit_val_batches": 0,
@@ -335,7 +311,7 @@ def sizes(place: Workplace) -> list[str]:
         shape = {"tiny": TINY, **SIZES}[name]
         settings: dict[str, Any] = {"dtype": place.dtype, "micro_batch_size": 4, "gradient_checkpointing": True}
         folder = random_model(place.folder / name, shape, place.dtype, place.device)
-        told = quantize and {"kind": quantize.kind, "double": quantize.double}
+        told = quantize and asdict(quantize)
         job = ppo_job(
             192, 64, 16, on_cpu=place.device == "cpu", batch_size=16, base_model=folder, quantize=told, **settings
         )

@@ -4,16 +4,15 @@ import os
 import platform
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from lrlhf.doctor.timing import now
 from lrlhf.kernels.linear import linear
 from lrlhf.memory.job import Job
-from lrlhf.memory.plan import GIB, Plan
+from lrlhf.memory.plan import GIB, Plan, memory_of
 from lrlhf.model.precision import fast_dtype, processor
 
 PACKAGES = ("lrlhf", "torch", "lightning", "transformers", "peft", "bitsandbytes", "datasets", "trl")
@@ -53,17 +52,6 @@ def _gpu(number: int) -> dict[str, Any]:
     return {"name": found.name, "memory": found.total_memory, "capability": f"{found.major}.{found.minor}"}
 
 
-def memory_of(device: str) -> int:
-    """Bytes of a device, of the first GPU or of the machine.
-
-    Args:
-        device: cpu or cuda.
-    """
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def product_rates(device: str) -> dict[str, float]:
     """Operations per second of a matrix product in fp32 and in bf16, the best of three.
 
@@ -77,22 +65,12 @@ def _rate(device: str, dtype: torch.dtype) -> float:
     rows, inputs, outputs = SHAPES[device]
     x, w = (torch.randn(n, inputs, device=device, dtype=dtype) for n in (rows, outputs))
     linear(x, w)
-    return 2 * rows * inputs * outputs / min(seconds(lambda: linear(x, w), device) for _ in range(3))
-
-
-def seconds(call: Callable[[], Any], device: str) -> float:
-    """Of a call, until the device is done with it.
-
-    Args:
-        call: what to time.
-        device: cpu or cuda.
-    """
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
+    seconds = []
+    for _ in range(3):
+        start = now(x.device)
+        linear(x, w)
+        seconds.append(now(x.device) - start)
+    return 2 * rows * inputs * outputs / min(seconds)
 
 
 def usual_runs(device: str) -> list[tuple[str, Job]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -13,6 +14,28 @@ from lrlhf.modules.ppo_policy import PPOPolicy
 
 UNUSED = 3
 """A token that the model never samples: no response ends early, so that every run does the same work."""
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, read when the device is done with all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Clock(L.Callback):
+    """Seconds of each iteration of a fit, in `seconds`."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        """Start."""
+        self.began = now(module.device)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop."""
+        self.seconds.append(now(module.device) - self.began)
 
 
 class TimedPPO(PPOPolicy):
@@ -38,12 +61,9 @@ class TimedPPO(PPOPolicy):
 
     @contextmanager
     def _clock(self, seconds: list[float]) -> Iterator[None]:
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        wait()
-        start = time.perf_counter()
+        start = now(self.device)
         yield
-        wait()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now(self.device) - start)
 
     def sample(self, prompts: Any, role: str, *place: int | str) -> tuple[Tensor, Tensor]:
         """Timed as generate."""

@@ -35,7 +35,7 @@ class HeadToHead(Evaluation):
         sampling: how answers are drawn; null takes the run's own.
         template: how instructions are rendered; null takes the run's own, and for a base model its chat template.
         dtype: of the frozen base of what answers; null takes the run's own, and for a base model
-            bfloat16 where the device multiplies it in hardware, else float32.
+            what `auto` means in training (`lrlhf.model.precision.fast_dtype`).
         limit: prompts at most.
     """
 

@@ -54,7 +54,7 @@ class System:
         source: a run folder, a hand-over folder, or a base model (hub id, folder, GGUF file or short name).
         role: what was trained, or the reference that it started from.
         dtype: of the frozen base; null takes the one that the run used, and for a base model
-            bfloat16 where the device multiplies it in hardware, else float32.
+            what `auto` means in training (`lrlhf.model.precision.fast_dtype`).
         template: how instructions are rendered; null takes that of the run's config, and of a base model the chat
             template.
         sampling: how responses are drawn; null takes the run's, and for a base model the defaults.

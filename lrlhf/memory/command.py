@@ -1,6 +1,5 @@
 """`lrlhf plan`: from a config and the model's own config.json to a table of bytes, in seconds."""
 
-import os
 import re
 from typing import Any
 
@@ -10,8 +9,8 @@ from lrlhf.cli.lightning import ConfigCLI, Parser, class_of
 from lrlhf.errors import UserError
 from lrlhf.memory.job import Job
 from lrlhf.memory.measure import measure, small
-from lrlhf.memory.plan import FRAGMENTATION, GIB, RUNTIME, Plan, largest, remedies
-from lrlhf.model.precision import fast_dtype
+from lrlhf.memory.plan import FRAGMENTATION, GIB, RUNTIME, Plan, largest, memory_of, remedies
+from lrlhf.model.precision import auto_dtype
 from lrlhf.modules.base import AlignmentModule
 
 KINDS = (
@@ -87,7 +86,7 @@ def read(cli: ConfigCLI, *, gpu: bool = False, four_models: bool = False) -> Job
     accelerator = trainer["accelerator"]
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and (gpu or torch.cuda.is_available()))
     if settings["dtype"] == "auto":
-        settings["dtype"] = "float32" if settings["lora"] is None else "bfloat16" if on_gpu else fast_dtype("cpu")
+        settings["dtype"] = auto_dtype("cuda" if on_gpu else "cpu", whole=settings["lora"] is None)
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     divergences = [c["init_args"] for c in callbacks if c["class_path"].endswith("DivergenceCallback")]
@@ -126,9 +125,9 @@ def _gather(strategy: Any) -> Any:
 
 def _memory_here(job: Job) -> int | None:
     """Of this machine's device, if the job is for it."""
-    if not job.on_cpu:
-        return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not job.on_cpu and not torch.cuda.is_available():
+        return None
+    return memory_of("cpu" if job.on_cpu else "cuda")
 
 
 def describe(plan: Plan, memory: int | None) -> str:

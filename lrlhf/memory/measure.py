@@ -3,6 +3,7 @@
 import gc
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -35,6 +36,32 @@ def small(job: Job) -> Job:
     return job.change(job.minibatch_key, rows) if job.minibatch_key else job
 
 
+def bare_trainer(
+    folder: str | Path, callbacks: list[L.Callback], *, device: str = "cpu", max_epochs: int = 1
+) -> L.Trainer:
+    """A trainer on one device that trains, and neither logs, saves, validates nor draws anything.
+
+    Args:
+        folder: for the hand-over.
+        callbacks: of the run.
+        device: cpu or cuda.
+        max_epochs: of the run.
+    """
+    return L.Trainer(
+        default_root_dir=folder,
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        max_epochs=max_epochs,
+        logger=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+
+
 def measure(job: Job) -> dict[Phase, int]:
     """Bytes at the peak of each phase, of two iterations on this machine."""
     module = build(job)
@@ -46,19 +73,8 @@ def measure(job: Job) -> dict[Phase, int]:
         batch = pairs(batch)
     loader: Any = DataLoader([batch, batch], batch_size=None)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            default_root_dir=folder,
-            accelerator="cpu" if job.on_cpu else "gpu",
-            devices=1,
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[DivergenceCallback()] if prompting else [],
-        )
+        callbacks: list[L.Callback] = [DivergenceCallback()] if prompting else []
+        trainer = bare_trainer(folder, callbacks, device="cpu" if job.on_cpu else "cuda")
         gc.collect()  # what is freed later counts against this job
         weights = [*module.backbone.parameters(), *module.backbone.buffers()]
         held = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in weights}.values())

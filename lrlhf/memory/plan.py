@@ -5,9 +5,12 @@ says. Not counted, and added as a named allowance: what the device's runtime tak
 the allocator loses between tensors.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+
+import torch
 
 from lrlhf.memory.job import Job
 from lrlhf.memory.rehearsal import Base, Bytes, Phase, rehearse
@@ -77,6 +80,17 @@ class Plan:
     def fits(self, memory: int) -> bool:
         """Whether all phases do."""
         return self.needed(self.peak) <= memory
+
+
+def memory_of(device: str) -> int:
+    """Bytes of this machine's first GPU, or of its main memory.
+
+    Args:
+        device: cuda, or any other for main memory.
+    """
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def quantised(rows: int, columns: int, quantize: dict) -> int:

@@ -22,10 +22,22 @@ def fast_dtype(device: str) -> DType:
     (measured on one with AVX2 alone).
 
     Args:
-        device: cuda, or any other for the processor.
+        device: cuda, or any other for the processor. A GPU that is not in this machine is taken for one that does.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        return "bfloat16"
     if device == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     has = processor()
     fast = torch.backends.mkldnn.is_available() and any(has.get(name) for name in BF16_PRODUCTS)
     return "bfloat16" if fast else "float32"
+
+
+def auto_dtype(device: str, *, whole: bool) -> DType:
+    """What `dtype: auto` means for a base.
+
+    Args:
+        device: cuda, or any other for the processor.
+        whole: whether full models train, which is done in fp32.
+    """
+    return "float32" if whole else fast_dtype(device)

@@ -23,7 +23,7 @@ from lrlhf.functional.randomness import generator
 from lrlhf.metrics import Means
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.generation import respond
-from lrlhf.model.precision import fast_dtype
+from lrlhf.model.precision import auto_dtype
 from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer, stop_tokens
 from lrlhf.model.quantization import refuse_paged
 from lrlhf.model.sharding import FSDP2Strategy, check_strategy, gathered, shard
@@ -132,7 +132,7 @@ class AlignmentModule(L.LightningModule):
         """
         if self._dtype_name != "auto":
             return self._dtype_name
-        return "float32" if self.lora is None else fast_dtype(device)
+        return auto_dtype(device, whole=self.lora is None)
 
     def make_backbone(self) -> Backbone:
         """The base, without roles. Override it to load a base in another way."""

@@ -41,6 +41,7 @@ def test_without_onednn_nothing_multiplies_bfloat16_fast(processor, monkeypatch)
 
 @pytest.mark.parametrize(("supported", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_a_gpu_that_only_emulates_bfloat16_gets_float32(monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
     assert fast_dtype("cuda") == dtype
 
