@@ -1,16 +1,15 @@
 """AlpacaDataModule: one class, three views of the data, shared by all modules."""
 
-import hashlib
 import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,10 +23,11 @@ from lrlhf.datamodules.collate import (
     collate_prompts,
     collate_sequences,
 )
-from lrlhf.datamodules.containers import BadRow
-from lrlhf.datamodules.formats import Reading, Row, read_rows
-from lrlhf.datamodules.prompts import AlpacaTemplate, Template, encode_prompt, special_tokens
+from lrlhf.datamodules.formats import Reading
+from lrlhf.datamodules.prompts import AlpacaTemplate, Template
 from lrlhf.datamodules.sampler import BatchSampler
+from lrlhf.datamodules.splits import take_split
+from lrlhf.datamodules.table import BAD, EMPTY, FINE, Recipe, TokenTable, View, token_table
 from lrlhf.distributed import gather_objects
 from lrlhf.errors import UserError
 from lrlhf.model.pretrained import load_tokenizer
@@ -135,8 +135,9 @@ class AlpacaDataModule(L.LightningDataModule):
         if train_on == "all" and task != "sft":
             raise UserError(f"data.train_on=all is for SFT; the {task} task answers the last turn.")
         self.train_on, self.on_bad_row = train_on, on_bad_row
-        self.rows: dict[str, list[Tokenized]] = {}
+        self.rows: dict[str, View] = {}
         self.dropped: Counter[str] = Counter()
+        self._tables: dict[tuple, TokenTable] = {}
         self._left_out: Counter[tuple[str, str]] = Counter()
         self._bad: dict[str, str] = {}
         self._remarks: set[str] = set()
@@ -155,19 +156,18 @@ class AlpacaDataModule(L.LightningDataModule):
                 "give the Trainer use_distributed_sampler=False: rows are shared out here, by global batch."
             )
         self.tokenizer = load_tokenizer(self.tokenizer_name)
-        self._special, self._end = special_tokens(self.tokenizer), self.template.end_id(self.tokenizer)
-        if stage in ("fit", "validate") and "val" not in self.rows:
-            self.rows["val"] = self._view("val", self.val_split)
+        if stage in ("fit", "validate") and "val" not in self.rows and (self.sources["val"] or self.val_split):
+            self.rows["val"] = self._view("val", self.val_split, self.val_limit)
         if stage == "fit" and "train" not in self.rows:
             if self.sources["train"] is None:
                 raise UserError("data.train names no file to train on.")
-            self.rows["train"] = self._view("train", self.train_split)[: self.limit]
+            self.rows["train"] = self._view("train", self.train_split, self.limit)
             if not self.rows["train"]:
                 raise UserError(f"data.train={self.sources['train']}: no row is left to train on ({self._lost()}).")
         if stage in ("test", "predict"):
             if self.sources[stage] is None and self.sources["val"] is None and self.val_split is None:
                 raise UserError(f"data.{stage} names no file to {stage} on, nor does data.val or data.val_split.")
-            self.rows[stage] = self._view(stage, self.val_split)
+            self.rows[stage] = self._view(stage, self.val_split, self.val_limit)
             if not self.rows[stage]:
                 raise UserError(f"data.{stage} (or data.val) gives no row to {stage} on ({self._lost()}).")
         self._write_bad_rows()
@@ -196,7 +196,7 @@ class AlpacaDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """In the order of the file; no loader where there are no validation rows."""
-        return self._loader("val", self.val_batch_size) if self.rows["val"] else []
+        return self._loader("val", self.val_batch_size) if self.rows.get("val") else []
 
     def test_dataloader(self) -> DataLoader:
         """In the order of the file."""
@@ -235,7 +235,7 @@ class AlpacaDataModule(L.LightningDataModule):
             position, self._position = self._position or position, None
             self._seed = position["seed"]
         sampler = BatchSampler(
-            [row.length for row in rows],
+            rows.lengths,
             batch_size,
             seed=position["seed"],
             shuffle=shuffle,
@@ -254,21 +254,40 @@ class AlpacaDataModule(L.LightningDataModule):
             generator=torch.Generator(),
         )
 
-    def _view(self, name: str, split: str | None) -> list[Tokenized]:
+    def _view(self, name: str, split: str | None, limit: int | None) -> View:
         """The rows of one view: from its own files, else the validation files, else a split of the training files."""
         source = self.sources[name] or (self.sources["val"] if name != "train" else None)
-        if source is None and name != "train" and split is None:
-            return []
         own = source is not None and name != "train"
-        rows = self._read(source or self.sources["train"])
-        if not own and split is not None and self.splits is not None:
-            rows = take_split(rows, self.splits, split)
+        sources = source or self.sources["train"] or []
         need = RESPONSES[self._predict_task if name == "predict" else self.task]
-        if self.train_on == "all" and name != "predict":
-            rows = [turn for row in rows for turn in row.assistant_turns()]
-        tokenized = [kept for row in rows if (kept := self._tokenize(row, need)) is not None]
-        kept_rows = tokenized if name == "train" else tokenized[: self.val_limit]
-        return [replace(row, number=number) for number, row in enumerate(kept_rows)]
+        every_turn = self.train_on == "all" and name != "predict"
+        table = self._table(tuple([sources] if isinstance(sources, str) else sources), need, every_turn)
+        places = np.arange(len(records := table.column("record")))
+        if not own and split is not None and self.splits is not None:
+            _, first = np.unique(records, return_index=True)
+            rank = np.full(len(first), -1)
+            taken = take_split(table.column("key")[first], self.splits, split)
+            rank[taken] = np.arange(len(taken))
+            places = places[rank[records] >= 0]
+            places = places[np.argsort(rank[records[places]], kind="stable")]
+        return View(table, self._usable(table, places, need)[:limit])
+
+    def _usable(self, table: TokenTable, places: np.ndarray, need: int) -> np.ndarray:
+        """Those rows of a view that are kept; the others are refused, or counted by why they are left out."""
+        state, prompt, response = (table.column(name)[places] for name in ("state", "prompt_tokens", "response_tokens"))
+        for bad in places[state == BAD]:
+            row = table.row(bad)
+            self._refuse(row["place"], row["reason"])
+        long_prompt = (state == FINE) & (prompt > self.max_prompt_tokens)
+        long_response = (state == FINE) & ~long_prompt & (response > self.max_response_tokens)
+        for reason, which in (
+            ("empty outputs", state == EMPTY),
+            (f"prompts over {self.max_prompt_tokens} tokens", long_prompt),
+            (f"responses over {self.max_response_tokens} tokens", long_response),
+        ):
+            if which.any():
+                self.dropped[reason] += int(which.sum())
+        return places[(state == FINE) & ~long_prompt & ~long_response]
 
     @property
     def _predict_task(self) -> Task:
@@ -276,21 +295,21 @@ class AlpacaDataModule(L.LightningDataModule):
         module = getattr(self.trainer, "lightning_module", None)
         return getattr(module, "predict_task", "preference" if self.task == "preference" else "prompts")
 
-    def _read(self, sources: str | list[str] | None) -> list[Row]:
-        left_out: Counter[tuple[str, str]] = Counter()
-        names = [sources] if isinstance(sources, str) else sources or []
-        options: Any = {"bad": self._refuse, "say": self._say}
-        rows = [row for name in names for row in read_rows(name, left_out, self.reading, **options)]
-        self._left_out |= left_out
-        for reason in {reason for _, reason in left_out}:
+    def _table(self, sources: tuple[str, ...], need: int, every_turn: bool) -> TokenTable:
+        """All rows of some files, with what is to be told of them."""
+        what = sources, need, every_turn
+        if what not in self._tables:
+            recipe = Recipe(sources, self.reading, self.template, self.tokenizer, need, every_turn)
+            self._tables[what] = token_table(recipe, self._refuse)
+        notes = self._tables[what].notes
+        for place, reason in notes["bad"]:
+            self._refuse(place, reason)
+        self._left_out |= Counter({(source, reason): count for source, reason, count in notes["left_out"]})
+        for reason in {reason for _, reason in self._left_out}:
             self.dropped[reason] = sum(count for (_, why), count in self._left_out.items() if why == reason)
-        twice = len(rows) - len({(repr(row.messages), row.responses) for row in rows})
-        echoes = sum(row.messages[-1][1] in row.responses for row in rows)
-        against = sum(row.margin < 0 for row in rows) if self.reading.margin_from_scores else 0
-        kept = {"rows twice": twice, "responses that repeat the prompt": echoes, "pairs scored against": against}
-        if told := ", ".join(f"{count} {what}" for what, count in kept.items() if count):
-            self._say(f"{', '.join(names)}: kept {told}")
-        return rows
+        for remark in notes["remarks"]:
+            self._say(remark)
+        return self._tables[what]
 
     def _say(self, remark: str) -> None:
         """Log a remark about the data once, although several views may read the same file."""
@@ -313,73 +332,5 @@ class AlpacaDataModule(L.LightningDataModule):
         lines = (json.dumps({"row": place, "reason": reason}) for place, reason in self._bad.items())
         path.write_text("".join(f"{line}\n" for line in lines))
 
-    def _tokenize(self, row: Row, need: int) -> Tokenized | None:
-        """The row as token ids; None where it is left out."""
-        try:
-            if len(row.responses) < need:
-                wanted = "an output" if need == 1 else "two responses and a preference"
-                raise BadRow(f"the {self.task} task needs {wanted}")
-            text = self.template.render(row, self.tokenizer)
-            prompt = encode_prompt(self.template, row, text, self.tokenizer, self._special)
-            if not prompt:
-                raise BadRow("the prompt has no tokens")
-        except BadRow as error:
-            self._refuse(row.place, str(error))
-            return None
-        if need == 1 and not row.responses[0].strip():
-            self.dropped["empty outputs"] += 1
-            return None
-        responses = tuple([*self._plain_ids(response), self._end] for response in row.responses[:need])
-        if len(prompt) > self.max_prompt_tokens:
-            self.dropped[f"prompts over {self.max_prompt_tokens} tokens"] += 1
-            return None
-        if any(len(response) > self.max_response_tokens for response in responses):
-            self.dropped[f"responses over {self.max_response_tokens} tokens"] += 1
-            return None
-        source = {"instruction": row.messages[-1][1], "dataset": row.dataset}
-        turns = tuple({"role": turn[0], "content": turn[1]} for turn in row.messages)
-        return Tokenized(prompt, responses, row.margin, text, source, turns, row.columns, row.place)
-
-    def _plain_ids(self, text: str) -> list[int]:
-        """Token ids of a text, in which what looks like a special token is text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
     def _lost(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "the files are empty"
-
-
-def take_split(rows: Sequence[Row], splits: dict[str, int | None], name: str) -> list[Row]:
-    """The rows of one named split: prompts are ordered by a stable hash and dealt out in the order of `splits`.
-
-    Rows with one prompt stay together, so a split may hold a few more than its size.
-
-    Args:
-        rows: all of the training files.
-        splits: sizes by name, in their order; one may be None, the rest.
-        name: of the split.
-
-    Raises:
-        UserError: the rows do not suffice for all splits.
-    """
-
-    def key(row: Row) -> str:
-        return hashlib.sha256(repr(row.messages).encode()).hexdigest()
-
-    sizes = {name: size for name, size in splits.items() if size is not None}
-    if len(splits) - len(sizes) > 1 or any(size < 1 for size in sizes.values()):
-        raise UserError(f"data.splits={splits}: sizes must be at least 1, and at most one may be null (the rest).")
-    if sum(sizes.values()) > len(rows):
-        raise UserError(f"data.splits asks for {sum(sizes.values())} rows, data.train has {len(rows)}.")
-    keys = {row.place: key(row) for row in rows}
-    ordered = sorted(rows, key=lambda row: keys[row.place])
-    start = 0
-    for split, size in splits.items():
-        end = start + (len(rows) - sum(sizes.values()) if size is None else size)
-        while 0 < end < len(ordered) and keys[ordered[end].place] == keys[ordered[end - 1].place]:
-            end += 1
-        if split == name:
-            if start >= end:
-                raise UserError(f"data.splits={splits}: of {len(rows)} rows none is left for {name!r}.")
-            return ordered[start:end]
-        start = end
-    raise UserError(f"data.splits has no {name!r}.")

@@ -1,7 +1,9 @@
 """Files to records: JSON, JSON lines, CSV, parquet and saved `datasets`, alone or many together, compressed or not."""
 
 import csv
+import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -83,35 +85,72 @@ def _file_records(path: Path, name: str, encoding: str) -> Records:
     if kind == ".parquet":
         yield from _parquet_records(path, name)
     elif kind in (".csv", ".tsv"):
-        rows = csv.DictReader(
-            io.StringIO(_text(path, name, encoding), newline=""), delimiter="," if kind == ".csv" else "\t"
-        )
+        rows = csv.DictReader(_lines(path, name, encoding, ""), delimiter="," if kind == ".csv" else "\t")
         yield from enumerate((_cells(row) for row in rows), start=1)
     elif kind in (".json", ".jsonl"):
-        text = _text(path, name, encoding)
-        yield from _json_list(text, name) if text.lstrip().startswith("[") else _json_lines(text, name)
+        yield from _json_records(_lines(path, name, encoding, "\n"), name)
     else:
         raise UserError(f"data file {name}: unknown ending {path.suffix!r}; use {', '.join(READABLE)}.")
 
 
-def _text(path: Path, name: str, encoding: str) -> str:
-    """The whole file, unpacked and decoded, without a byte-order mark."""
-    import fsspec
+def _lines(path: Path, name: str, encoding: str, newline: str) -> Iterator[str]:
+    """Lines with their ends as they are read, unpacked and decoded, without byte-order marks.
 
+    Args:
+        path: of the file.
+        name: of the file in messages.
+        encoding: where no byte-order mark says another.
+        newline: as `open` takes it.
+    """
     try:
-        with fsspec.open(str(path), "rb", compression="infer") as file:
-            raw = file.read()
-    except (OSError, EOFError, ValueError, ImportError) as error:
-        raise UserError(f"{name} could not be unpacked ({error}).") from None
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        encoding = "utf-16"
-    try:
-        return raw.decode(encoding).replace("\ufeff", "")
-    except UnicodeDecodeError as error:
-        row = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{name}, row {row}: not valid {encoding}; name its encoding by data.encoding.") from None
+        with _unpacked(path) as file:
+            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                encoding = "utf-16"
+        with _unpacked(path) as file:
+            for line in io.TextIOWrapper(file, encoding, newline=newline):
+                yield line.replace("\ufeff", "")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{name}, row {_undecodable(path, encoding)}: not valid {encoding}; name its encoding by data.encoding."
+        ) from None
     except LookupError:
         raise UserError(f"data.encoding={encoding}: there is no such encoding; cp1252 and latin-1 are usual.") from None
+    except Exception as error:  # every way of packing has errors of its own
+        raise UserError(f"{name} could not be unpacked ({error}).") from None
+
+
+def _unpacked(path: Path) -> Any:
+    import fsspec
+
+    return fsspec.open(str(path), "rb", compression="infer")
+
+
+def _undecodable(path: Path, encoding: str) -> int:
+    """The first line, from 1, that cannot be decoded."""
+    with _unpacked(path) as file:
+        raw = file.read()
+    try:
+        raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        return raw[: error.start].count(b"\n") + 1
+    return 1
+
+
+def _json_records(lines: Iterator[str], name: str) -> Records:
+    """Of a list, which is read whole, or of lines, one after the other."""
+    filled = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    for number, line in itertools.islice(filled, 1):
+        if line.lstrip().startswith("["):
+            yield from _json_list("\n" * (number - 1) + line + "".join(lines), name)
+            return
+        others = list(filled) if not _is_json(line) else filled
+        if isinstance(others, list) and others and _is_json(line + "".join(line for _, line in others)):
+            raise UserError(f"{name}: expected a JSON list of rows, or a row a line, got one object.")
+        for place, text in itertools.chain([(number, line)], others):
+            try:
+                yield place, json.loads(text)
+            except json.JSONDecodeError as error:
+                yield place, BadRow(f"not valid JSON ({error})")
 
 
 def _json_list(text: str, name: str) -> Records:
@@ -120,19 +159,6 @@ def _json_list(text: str, name: str) -> Records:
     except json.JSONDecodeError as error:
         raise UserError(f"{name}: not valid JSON ({error}).") from None
     yield from enumerate(records, start=1)
-
-
-def _json_lines(text: str, name: str) -> Records:
-    lines = text.split("\n")
-    if len(lines) > 1 and _is_json(text) and not _is_json(lines[0]):
-        raise UserError(f"{name}: expected a JSON list of rows, or a row a line, got one object.")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield number, BadRow(f"not valid JSON ({error})")
 
 
 def _is_json(text: str) -> bool:
@@ -173,12 +199,53 @@ def _saved_records(path: Path, name: str) -> Records:
 
 
 def _hub_records(source: str) -> Records:
+    yield from enumerate(_hub_data(source), start=1)
+
+
+def _hub_data(source: str) -> Any:
     import datasets
 
     name, _, split = source.partition(":")
     try:
-        found = datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(name, split=split or "train")
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise UserError(f"data set {source} is no local file and could not be loaded from the hub{offline}.") from error
-    yield from enumerate(found, start=1)
+
+
+def digest_of(source: str) -> str:
+    """A hash of everything that `read_records` would read, and of the names of its files.
+
+    Args:
+        source: path, pattern, folder, or id.
+
+    Raises:
+        UserError: no such file.
+    """
+    if data_files(source) is None:
+        return str(_hub_data(source)._fingerprint)
+    digest = hashlib.sha256()
+    for path in _plain_files(source):
+        digest.update(f"{path}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def size_of(source: str) -> int:
+    """Bytes of the files that `read_records` would read; of a hub data set, many.
+
+    Args:
+        source: path, pattern, folder, or id.
+
+    Raises:
+        UserError: no such file.
+    """
+    return 2**40 if data_files(source) is None else sum(path.stat().st_size for path in _plain_files(source))
+
+
+def _plain_files(source: str) -> list[Path]:
+    """The files of a source that lies on this machine, those in saved `datasets` too."""
+    found = [sorted(path.rglob("*.*")) if path.is_dir() else [path] for path in data_files(source) or ()]
+    return [path for paths in found for path in paths if path.is_file()]

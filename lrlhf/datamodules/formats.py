@@ -131,15 +131,16 @@ def read_rows(
     Raises:
         UserError: no such file, an unknown layout, or a bad row, with file, row number (from 1) and reason.
     """
-    records = list(read_records(source, reading.encoding))
-    from_zero = _verdicts_count_from_zero(source, [record for _, record in records], reading, say)
+    from_zero: bool | None = None
     unused: set[str] = set()
-    for place, record in records:
+    for place, record in read_records(source, reading.encoding):
         try:
             if isinstance(record, BadRow):
                 raise record
+            if from_zero is None and _has_verdict(record, reading):
+                from_zero = _verdicts_count_from_zero(source, reading, say)
             columns = Columns(record, reading.columns)
-            row = _parse(columns, place, reading, from_zero)
+            row = _parse(columns, place, reading, bool(from_zero))
             if any(
                 re.search("[\ud800-\udfff]", text) for text in (*row.responses, *(turn[1] for turn in row.messages))
             ):
@@ -408,12 +409,17 @@ def _margin(columns: Columns, reading: Reading) -> float:
     return margin
 
 
-def _verdicts_count_from_zero(source: str, records: list[Any], reading: Reading, say: Callable[[str], None]) -> bool:
-    """Whether 0 is the first and 1 the second: told, or because the source says 0 and never 2."""
+def _has_verdict(record: Any, reading: Reading) -> bool:
+    """Whether a record is a pair of which a verdict says which is better."""
     first = {reading.columns.get(name, name) for name, _ in PAIRS[1:]}
+    return isinstance(record, dict) and bool(first & record.keys())
+
+
+def _verdicts_count_from_zero(source: str, reading: Reading, say: Callable[[str], None]) -> bool:
+    """Whether 0 is the first and 1 the second: told, or because the source, read for it, says 0 and never 2."""
     preference, label = (reading.columns.get(name, name) for name in ("preference", "label"))
-    pairs = [record for record in records if isinstance(record, dict) and first & record.keys()]
-    values = {str(record.get(preference, record.get(label))).removesuffix(".0") for record in pairs}
+    records = (record for _, record in read_records(source, reading.encoding) if _has_verdict(record, reading))
+    values = {str(record.get(preference, record.get(label))).removesuffix(".0") for record in records}
     if "0" not in values:
         return reading.verdicts == "from_zero"
     from_zero = reading.verdicts == "from_zero" or (reading.verdicts is None and not values & {"2", "1.5"})

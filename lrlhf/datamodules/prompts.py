@@ -5,6 +5,7 @@ import json
 import re
 import string
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -127,6 +128,38 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
+def encode_prompts(
+    template: Template, rows: Sequence[Row], tokenizer: Any, special: list[str]
+) -> list[tuple[str, list[int]] | BadRow]:
+    """Many rows rendered, and their token ids by `encode_prompt`, which the tokenizer makes together.
+
+    Args:
+        template: of the prompts.
+        rows: with the texts that people wrote.
+        tokenizer: of the base.
+        special: its `special_tokens`.
+
+    Returns:
+        For each row its text and its token ids, or the reason why it cannot be used.
+    """
+
+    def alone(row: Row) -> tuple[str, list[int] | None] | BadRow:
+        try:
+            text = template.render(row, tokenizer)
+            plain = not row.tools and not _spell_special(row, special)
+            return text, None if plain else encode_prompt(template, row, text, tokenizer, special)
+        except BadRow as error:
+            return error
+
+    found = [alone(row) for row in rows]
+    texts = [prompt[0] for prompt in found if not isinstance(prompt, BadRow) and prompt[1] is None]
+    together = iter(tokenizer(texts, add_special_tokens=template.adds_special_tokens)["input_ids"] if texts else ())
+    return [
+        prompt if isinstance(prompt, BadRow) else (prompt[0], next(together) if prompt[1] is None else prompt[1])
+        for prompt in found
+    ]
+
+
 def encode_prompt(template: Template, row: Row, text: str, tokenizer: Any, special: list[str]) -> list[int]:
     """Token ids of a rendered prompt: special tokens are the template's alone, never what somebody typed.
 
@@ -136,13 +169,16 @@ def encode_prompt(template: Template, row: Row, text: str, tokenizer: Any, speci
         text: the rendered prompt.
         tokenizer: of the base.
         special: its `special_tokens`.
+
+    Raises:
+        BadRow: its tools hold what this tokenizer takes for a special token.
     """
     tools = json.dumps(row.tools, ensure_ascii=False)
     if any(token in tools for token in special):
         raise BadRow("tools holds text that this tokenizer takes for a special token")
-    written = [row.instruction, row.input, *(turn[1] for turn in row.messages)]
-    if not any(token in said for token in special for said in written):
+    if not _spell_special(row, special):
         return tokenizer(text, add_special_tokens=template.adds_special_tokens)["input_ids"]
+    written = _written(row)
     marks = [f"\ue000{i}\ue001" for i in range(len(written))]
     turns = [(turn[0], mark, *turn[2:]) for turn, mark in zip(row.messages, marks[2:], strict=True)]
     marked = replace(row, messages=tuple(turns), instruction=marks[0], input=row.input and marks[1])
@@ -153,3 +189,25 @@ def encode_prompt(template: Template, row: Row, text: str, tokenizer: Any, speci
         first = template.adds_special_tokens and not ids
         ids += tokenizer(said, add_special_tokens=first, split_special_tokens=typed)["input_ids"]
     return ids
+
+
+def _written(row: Row) -> list[str]:
+    """The texts of a prompt that people wrote."""
+    return [row.instruction, row.input, *(turn[1] for turn in row.messages)]
+
+
+def _spell_special(row: Row, special: list[str]) -> bool:
+    """Whether one of them holds what the tokenizer takes for a special token."""
+    return any(token in said for said in _written(row) for token in special)
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of texts in which what looks like a special token is text.
+
+    Args:
+        texts: to encode.
+        tokenizer: of the base.
+    """
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]

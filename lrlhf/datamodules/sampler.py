@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -29,7 +30,7 @@ class BatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         batch_size: int,
         *,
         seed: int,
@@ -41,7 +42,7 @@ class BatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.lengths = torch.tensor(lengths)
+        self.lengths = torch.as_tensor(lengths)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.group_by_length, self.drop_last = group_by_length, drop_last
         self.rank, self.world_size = rank, world_size
