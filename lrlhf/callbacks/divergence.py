@@ -77,6 +77,11 @@ class DivergenceCallback(RolloutCallback):
         self.coefficient = self.controller.initial if self.controller else float(coefficient)  # type: ignore[arg-type]
         check_ranges(self)
 
+    @property
+    def reads_logprobs(self) -> bool:  # type: ignore[override]
+        """Where a divergence of sampled tokens is measured; those over the vocabulary run the policy themselves."""
+        return any(not getattr(f, "over_vocabulary", False) for f in (self.divergence, *self.also_log))
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse to run twice, or in a stage without rollouts, where it would silently do nothing.
 

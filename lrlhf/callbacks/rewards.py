@@ -23,6 +23,8 @@ class MissingEOSPenalty(RolloutCallback):
         penalty: in units of the score; 1.0 is usual. Larger makes the policy end sooner.
     """
 
+    reads_logprobs = False
+
     def __init__(self, penalty: NonNegativeFloat = 1.0):
         self.penalty = penalty
         check_ranges(self)
@@ -36,6 +38,8 @@ class MissingEOSPenalty(RolloutCallback):
 
 class RewardLimit(RolloutCallback):
     """Clip every reward to [-limit, limit]: an outlier of the reward model moves the policy no further than that."""
+
+    reads_logprobs = False
 
     def __init__(self, limit: PositiveFloat = 5.0):
         self.limit = limit
@@ -55,6 +59,8 @@ class NormalizeScores(RolloutCallback):
     Args:
         center: also subtract the mean.
     """
+
+    reads_logprobs = False
 
     def __init__(self, center: bool = True):
         self.center = center

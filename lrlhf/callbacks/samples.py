@@ -20,6 +20,8 @@ class SampleLog(RolloutCallback):
         count: responses per rollout.
     """
 
+    reads_logprobs = False
+
     def __init__(self, count: int = 4):
         self.count = count
         self._written = 0

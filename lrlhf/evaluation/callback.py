@@ -35,6 +35,8 @@ class WinRateCallback(RolloutCallback):
         order: see `lrlhf.evaluation.HeadToHead`.
     """
 
+    reads_logprobs = False
+
     def __init__(self, judge: Judge | None = None, every: PositiveInt = 1, order: Order = "both"):
         self.judge, self.every, self.order = judge, every, order
         check_ranges(self)

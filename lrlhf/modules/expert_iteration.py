@@ -58,6 +58,14 @@ class ExpertIteration(GroupPolicy):
                 f"data.responses_per_prompt) among {self.trainer.world_size} processes."
             )
 
+    def updates_read_logprobs(self, rows: int) -> bool:
+        """Never: demonstrations have no ratio.
+
+        Args:
+            rows: of a rollout, in this process.
+        """
+        return False
+
     def group_advantages(self, scores: Tensor, group_size: int) -> Tensor:
         """1 for the best of each group, the first of equals, 0 for the others.
 

@@ -117,11 +117,9 @@ class RLOO(GroupPolicy):
     def policy_objective(self, piece: Experience, *means: Means) -> Tensor:
         """Clipped surrogate of whole responses minus the entropy bonus, [B]."""
         mask = piece.response_mask
-        new = self.statistics(piece)
-        loss = policy_loss(
-            new.logprobs.sum(1), piece.logprobs.sum(1), piece.advantages[:, 0], clip_range=self.updates.clip_range
-        )
-        self.add_update(new.logprobs - piece.logprobs, loss[:, None].expand(mask.shape), new.entropy, mask, *means)
+        new, old = self.new_and_old(piece)
+        loss = policy_loss(new.logprobs.sum(1), old.sum(1), piece.advantages[:, 0], clip_range=self.updates.clip_range)
+        self.add_update(new.logprobs - old, loss[:, None].expand(mask.shape), new.entropy, mask, *means)
         return loss - self.updates.entropy_coefficient * new.entropy.masked_fill(~mask, 0).sum(1)
 
 
@@ -197,15 +195,15 @@ class GRPO(GroupPolicy):
     def policy_objective(self, piece: Any, *means: Means) -> Tensor:
         """Clipped surrogate plus the divergence minus the entropy bonus, [B, R], 0 off the mask."""
         mask = piece.response_mask
-        new = self.statistics(piece)
+        new, old = self.new_and_old(piece)
         loss = policy_loss(
             new.logprobs,
-            piece.logprobs,
+            old,
             piece.advantages,
             clip_range=self.updates.clip_range,
             clip_range_high=self.clip_range_high,
         )
-        self.add_update(new.logprobs - piece.logprobs, loss, new.entropy, mask, *means)
+        self.add_update(new.logprobs - old, loss, new.entropy, mask, *means)
         if self.divergence_coefficient:
             divergence = bregman(new.logprobs, piece.ref_logprobs)
             for mean in means:

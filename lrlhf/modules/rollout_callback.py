@@ -1,6 +1,6 @@
 """The hook through which penalties, bonuses and other rewards reach a method with rollouts."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from torch import Tensor
@@ -10,6 +10,10 @@ from lrlhf.types import Rollout
 
 class RolloutCallback(L.Callback):
     """Subclass it and implement one method; the module (`policy`) folds rewards over its callbacks in list order."""
+
+    reads_logprobs: ClassVar[bool] = True
+    """Whether it looks at `rollout.logprobs`. False saves the pass that makes them where no update needs them either;
+    they are NaN then."""
 
     def shape_rewards(self, trainer: L.Trainer, policy: Any, rollout: Rollout, rewards: Tensor) -> Tensor:
         """Rewards [B, R] in, NEW rewards [B, R] out; also called in validation (see trainer.training)."""

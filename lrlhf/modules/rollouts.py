@@ -4,6 +4,7 @@ One iteration is one Lightning batch and four statements: roll out, shape reward
 method fills in the third, and the loss of a piece.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from lrlhf.config import Updates
 from lrlhf.distributed import any_process, rank, total, total_number, world_size
 from lrlhf.errors import UserError
 from lrlhf.functional import last_true, masked_variance, policy_loss
+from lrlhf.functional.logprobs import TokenStatistics
 from lrlhf.functional.randomness import generator
 from lrlhf.metrics import Means
 from lrlhf.model.sharding import gathered
@@ -143,16 +145,45 @@ class RolloutModule(PolicyModule):
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, batch: Prompts) -> Any:
-        """Log-probs of the policy and scores of responses.
+        """Log-probs of the policy, NaN where nothing will read them, and scores of responses.
 
         Args:
             sequences: prompts with their responses, whoever sampled them.
             batch: the prompts, whose texts and columns a reward function gets.
         """
-        logprobs = self.logprobs(sequences, "policy")
+        if self.logprobs_are_read(len(sequences)):
+            logprobs = self.logprobs(sequences, "policy")
+        else:
+            logprobs = torch.full(sequences.response_mask.shape, math.nan, device=self.device)
         scores = self.score(sequences, batch)
         parts = self.source.parts(scores)
         return Rollout.of(sequences, logprobs=logprobs, scores=scores, parts=parts, groups=batch.groups)
+
+    @property
+    def rollout_callbacks(self) -> list[RolloutCallback]:
+        """Those of the trainer, in their order."""
+        return [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
+
+    def logprobs_are_read(self, rows: int) -> bool:
+        """Whether a callback or an update looks at the log-probs of the policy that sampled; else no pass makes them.
+
+        Args:
+            rows: of a rollout, in this process.
+
+        Returns:
+            Always true outside of training, where whoever asks for a rollout gets all of it.
+        """
+        if self._trainer is None or not self.trainer.training or self.updates_read_logprobs(rows):
+            return True
+        return any(callback.reads_logprobs for callback in self.rollout_callbacks)
+
+    def updates_read_logprobs(self, rows: int) -> bool:
+        """Whether a rollout serves more than one step: the first has a ratio of 1, whatever was sampled.
+
+        Args:
+            rows: of a rollout, in this process.
+        """
+        return self.updates.inner_epochs > 1 or self.updates.minibatch_size < rows * world_size()
 
     def score(self, sequences: Sequences, batch: Prompts) -> Tensor:
         """Scores [B] fp32 of the responses: the reward model's, ours or of others, or the reward functions'.
@@ -173,13 +204,12 @@ class RolloutModule(PolicyModule):
             rollout: of this process.
         """
         rewards = last_true(rollout.response_mask) * rollout.scores[:, None]
-        callbacks = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
-        for callback in callbacks:
+        for callback in self.rollout_callbacks:
             rewards = callback.shape_rewards(self.trainer, self, rollout, rewards)
         finite = bool(rewards[rollout.response_mask].isfinite().all())
         if self.on_nonfinite == "stop" and any_process(not finite):
             self.refuse_nonfinite("a reward is not finite", "look at the reward model, the reward function or penalty")
-        for callback in callbacks:
+        for callback in self.rollout_callbacks:
             callback.on_rollout_end(self.trainer, self, rollout, rewards)
         return rewards
 
@@ -228,10 +258,18 @@ class RolloutModule(PolicyModule):
     def policy_objective(self, piece: Experience, *means: Means) -> Tensor:
         """Clipped surrogate minus the entropy bonus, [B, R], 0 off the mask."""
         mask = piece.response_mask
-        new = self.statistics(piece)
-        loss = policy_loss(new.logprobs, piece.logprobs, piece.advantages, clip_range=self.updates.clip_range)
-        self.add_update(new.logprobs - piece.logprobs, loss, new.entropy, mask, *means)
+        new, old = self.new_and_old(piece)
+        loss = policy_loss(new.logprobs, old, piece.advantages, clip_range=self.updates.clip_range)
+        self.add_update(new.logprobs - old, loss, new.entropy, mask, *means)
         return (loss - self.updates.entropy_coefficient * new.entropy).masked_fill(~mask, 0)
+
+    def new_and_old(self, piece: Experience) -> tuple[TokenStatistics, Tensor]:
+        """What the policy says now, and log-probs [B, R] of the policy that sampled.
+
+        A rollout without log-probs is one whose only step this is, so that both policies are one.
+        """
+        new = self.statistics(piece)
+        return new, torch.where(piece.logprobs.isnan(), new.logprobs.detach(), piece.logprobs)
 
     def add_update(self, log_ratio: Tensor, loss: Tensor, entropy: Tensor, mask: Tensor, *means: Means) -> None:
         """Note the loss, the entropy, and how far the update has come.

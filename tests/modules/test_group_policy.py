@@ -18,11 +18,11 @@ from lrlhf import (
     Updates,
     UserError,
 )
-from lrlhf.functional import group_normalized, kl, leave_one_out
+from lrlhf.functional import exact_kl, group_normalized, kl, leave_one_out
 from lrlhf.metrics import Means
 from lrlhf.types import Prompts, Sequences
 from tests.modules.helpers import SMALL, adamw, count_vowels, ppo, prompt_data
-from tests.modules.test_ppo_policy import fit
+from tests.modules.test_ppo_policy import Recorder, fit
 
 FAVOURITES = list(range(40, 60))
 
@@ -81,6 +81,56 @@ def test_the_log_probs_of_a_group_s_rollout_are_those_of_plain_rows(tmp_path, ti
     for metrics in recorder.metrics:
         assert abs(metrics["train/update_kl"]) < 1e-6
         assert metrics["train/clip_fraction"] == 0
+
+
+def trained_weights(tmp_path, kind, base, files, monkeypatch, reads, **settings):
+    """The policy's weights after two iterations of 8 responses, and in which roles log-probs were made."""
+    monkeypatch.setattr(Recorder, "reads_logprobs", reads)
+    torch.manual_seed(1)
+    module, roles = group(kind, base, **settings), []
+    made = module.logprobs
+    module.logprobs = lambda rows, role: (roles.append(role), made(rows, role))[1]
+    monkeypatch.setattr(kind, "self_check", lambda *_: [])
+    recorder = fit(tmp_path, module, grouped(base, files, batch_size=8))
+    missing = [bool(rollout.logprobs.isnan().all()) for rollout in recorder.rollouts]
+    return {n: p.detach() for n, p in module.named_parameters() if ".policy." in n}, roles, missing
+
+
+@pytest.mark.parametrize("kind", [RLOO, GRPO, ExpertIteration])
+def test_log_probs_that_nothing_reads_are_not_made_and_change_nothing(
+    tmp_path, tiny_llama, data_files, monkeypatch, kind
+):
+    """Where one step uses a whole rollout, the policy that learns is the one that sampled."""
+    whole = 2 if kind is ExpertIteration else 8
+    runs = [
+        trained_weights(tmp_path / str(reads), kind, tiny_llama, data_files, monkeypatch, reads, minibatch_size=whole)
+        for reads in (True, False)
+    ]
+    (asked, roles, missing), (own, own_roles, own_missing) = runs
+    assert (roles, missing) == (["policy"] * 2, [False] * 2)
+    assert (own_roles, own_missing) == ([], [True] * 2)
+    for name in asked:
+        torch.testing.assert_close(own[name], asked[name], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"minibatch_size": 4}, {"minibatch_size": 8, "inner_epochs": 2}])
+def test_a_rollout_that_serves_two_steps_keeps_its_log_probs(tmp_path, tiny_llama, data_files, monkeypatch, settings):
+    _, roles, missing = trained_weights(tmp_path, GRPO, tiny_llama, data_files, monkeypatch, False, **settings)
+    assert (roles, missing) == (["policy"] * 2, [False] * 2)
+
+
+@pytest.mark.parametrize(("divergence", "passes"), [(kl, ["policy", "reference"]), (exact_kl, [])])
+def test_a_divergence_of_sampled_tokens_has_the_policy_s_log_probs(
+    tmp_path, tiny_llama, data_files, monkeypatch, divergence, passes
+):
+    monkeypatch.setattr(Recorder, "reads_logprobs", False)
+    monkeypatch.setattr(GRPO, "self_check", lambda *_: [])
+    module, roles = group(GRPO, tiny_llama, minibatch_size=8), []
+    made = module.logprobs
+    module.logprobs = lambda rows, role: (roles.append(role), made(rows, role))[1]
+    recorder = fit(tmp_path, module, grouped(tiny_llama, data_files), DivergenceCallback(divergence), batches=1)
+    assert roles == passes
+    assert recorder.rewards[0].isfinite().all()
 
 
 class Enumerable:
