@@ -196,3 +196,6 @@ class PPO(Updates):
     """Scale rewards to unit variance, keeping their mean, as in the paper."""
     critic_warmup: NonNegativeInt = 0
     """Iterations in which only the critic learns."""
+    critic: Literal["adapter", "head"] = "adapter"
+    """What of the critic learns: an adapter and a head, as in the paper; or a head alone, on the reward model's frozen
+    states, which are kept from the rollout: its update runs no pass through the base."""

@@ -93,7 +93,8 @@ class Sequences:
 
     def blank(self) -> Self:
         """A row that means nothing (a prompt token, a response token off the mask), for passes that only fill up."""
-        first = {f.name: getattr(self, f.name).new_zeros((1, 1)[: getattr(self, f.name).ndim]) for f in fields(self)}
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        first = {name: values.new_zeros((1, 1, *values.shape[2:])[: values.ndim]) for name, values in every.items()}
         return replace(self, **first | {"prompt_mask": ~first["prompt_mask"]})
 
 
@@ -202,9 +203,13 @@ class Rollout(Sequences):
 
 @dataclass(frozen=True, slots=True)
 class CriticRollout(Rollout):
-    """A rollout with values [B, R] fp32: the critic's, before token t."""
+    """A rollout with values [B, R] fp32: the critic's, before token t.
+
+    states [B, R, H] fp32 are those that the critic's head reads, where it alone learns; else H is 0.
+    """
 
     values: Tensor
+    states: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +243,10 @@ class Experience(Rollout):
 
 @dataclass(frozen=True, slots=True)
 class CriticExperience(Experience):
-    """With values and returns, both [B, R] fp32: what a critic learns from as well."""
+    """With values, states (see CriticRollout) and returns [B, R] fp32: what a critic learns from as well."""
 
     values: Tensor
+    states: Tensor
     returns: Tensor
 
 

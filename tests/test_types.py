@@ -25,6 +25,7 @@ def experience() -> Experience:
         response_mask,
         logprobs=floats[0],
         values=floats[1],
+        states=torch.stack([floats[1], -floats[1]], dim=-1),
         scores=torch.arange(5.0),
         parts=torch.arange(5.0)[:, None],
         groups=torch.arange(5),
@@ -37,7 +38,7 @@ def content(batch: Experience, row: int) -> list:
     """What a row says, without its padding."""
     prompt, response = batch.prompt_mask[row], batch.response_mask[row]
     out = [batch.prompt_ids[row][prompt].tolist(), batch.scores[row].item(), batch.parts[row].tolist()]
-    names = ["response_ids", "logprobs", "values", "advantages", "returns"]
+    names = ["response_ids", "logprobs", "values", "states", "advantages", "returns"]
     return out + [getattr(batch, name)[row][response].tolist() for name in names]
 
 
@@ -47,8 +48,8 @@ def test_rows_keep_their_content_and_only_the_padding_that_one_of_them_needs(ind
     part = whole.rows(torch.tensor(index))
     assert [content(part, i) for i in range(len(index))] == [content(whole, i) for i in index]
     assert part.prompt_ids.shape == part.prompt_mask.shape == (len(index), PROMPTS[index].max())
-    for name in ["response_ids", "response_mask", "logprobs", "values", "advantages", "returns"]:
-        assert getattr(part, name).shape == (len(index), RESPONSES[index].max())
+    for name in ["response_ids", "response_mask", "logprobs", "values", "states", "advantages", "returns"]:
+        assert getattr(part, name).shape[:2] == (len(index), RESPONSES[index].max())
     assert part.prompt_mask[:, -1].all(), "the prompt ends where the response begins"
     assert torch.equal(part.lengths, RESPONSES[index])
 

@@ -186,22 +186,24 @@ def pairs(text: Sequences) -> ReferencePreferences:
     return ReferencePreferences(text, text, torch.zeros(rows), torch.arange(rows), torch.zeros(rows, 2))
 
 
-def experience(rows: int, job: Job, kind: type[Experience] = CriticExperience) -> Experience:
+def experience(rows: int, job: Job, kind: type[Experience] = CriticExperience, width: int = 0) -> Experience:
     """What a rollout of such rows would leave.
 
     Args:
         rows: how many.
         job: for the lengths.
         kind: of experience that the module learns from.
+        width: of the states that it holds.
     """
     text = sequences(rows, job)
     beside = {
+        "states": torch.zeros(rows, job.response_tokens, width),
         "scores": torch.zeros(rows),
         "parts": torch.zeros(rows, 0),
         "groups": torch.arange(rows) // job.group_size,
     }
-    names = {field.name for field in fields(kind)} - {field.name for field in fields(Sequences)} - beside.keys()
-    return kind.of(text, **beside, **{name: torch.zeros(rows, job.response_tokens) for name in names})
+    names = {field.name for field in fields(kind)} - {field.name for field in fields(Sequences)}
+    return kind.of(text, **{name: beside.get(name, torch.zeros(rows, job.response_tokens)) for name in names})
 
 
 def rehearse(job: Job) -> tuple[Bytes, Base]:
@@ -290,7 +292,7 @@ def _moments(module: AlignmentModule, job: Job, ledger: Ledger) -> Iterator[tupl
     optimizer.step()
     ledger.own("optimizer", [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)])
     optimizer.zero_grad()
-    batch: Any = experience(job.rows, job)
+    batch: Any = experience(job.rows, job, width=_states_width(module))
     ledger.own("batch", [getattr(batch, field.name) for field in fields(batch)])
     if module.task == "prompts":
         for kinds in _rollout(module, job, ledger):
@@ -310,6 +312,13 @@ def _moments(module: AlignmentModule, job: Job, ledger: Ledger) -> Iterator[tupl
     with ledger.phase() as checkpoint:
         pass
     yield "checkpoint", checkpoint
+
+
+def _states_width(module: AlignmentModule) -> int:
+    """Of the states that a rollout keeps for a critic that is a head alone."""
+    alone = getattr(getattr(module, "ppo", None), "critic", None) == "head"
+    head: Any = module.backbone.heads["critic"] if alone else None
+    return head.in_features if alone else 0
 
 
 def _own_weights(backbone: Backbone, ledger: Ledger) -> None:
@@ -378,7 +387,7 @@ def _losses(module: Any, job: Job) -> Iterator[Tensor]:
     """Of one micro-batch in each role that trains."""
     rows = min(module.micro_batch_size, job.minibatch_rows)
     if module.task == "prompts":
-        yield from module.losses(experience(rows, job, module.experience_type), Means(), Means())
+        yield from module.losses(experience(rows, job, module.experience_type, _states_width(module)), Means(), Means())
         return
     text = sequences(rows, job)
     with module.backbone.role(module.role):

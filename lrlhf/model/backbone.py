@@ -107,7 +107,7 @@ class Backbone(nn.Module):
         role: str,
         stack: tuple[str, ...] = (),
         *,
-        trainable: bool = False,
+        trainable: bool | Literal["head"] = False,
         head: Literal["random", "zero"] | None = None,
         own_copy: bool = True,
     ) -> None:
@@ -116,7 +116,7 @@ class Backbone(nn.Module):
         Args:
             role: its name.
             stack: adapters, base side first; the last one trains if the role is trainable.
-            trainable: whether the role's last adapter (without LoRA: its model) and head train.
+            trainable: whether the role's last adapter (without LoRA: its model) and head train, or its head alone.
             head: None, or how a scalar head starts: small random weights and no bias, as sequence classifiers of
                 transformers have none (a reward model), or zero with a bias (a critic).
             own_copy: without LoRA, whether a trainable role gets a copy of the base or trains the base itself.
@@ -126,8 +126,8 @@ class Backbone(nn.Module):
             for adapter in stack:
                 if adapter not in self.adapters:
                     self._adapters.add(adapter, self.lora)
-            parameters += self._adapters.parameters(stack[-1]) if trainable else []
-        elif trainable:
+            parameters += self._adapters.parameters(stack[-1]) if trainable is True else []
+        elif trainable is True:
             if own_copy:
                 self.copies[role] = copy.deepcopy(self.model)
             parameters += list(self.copies[role].parameters() if own_copy else self.model.parameters())

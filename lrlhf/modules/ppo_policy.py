@@ -63,7 +63,10 @@ class PPOPolicy(RolloutModule):
         """With a critic, which lies on the reward model's adapters where there are any."""
         super().build_roles()
         below = self.source.stack or self.backbone.stacks["reference"]
-        self.backbone.add_role("critic", (*below, "critic"), trainable=True, head="zero")
+        if self.ppo.critic == "head":
+            self.backbone.add_role("critic", below, trainable="head", head="zero")
+        else:
+            self.backbone.add_role("critic", (*below, "critic"), trainable=True, head="zero")
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, batch: Prompts) -> CriticRollout:
@@ -73,9 +76,17 @@ class PPOPolicy(RolloutModule):
             sequences: prompts with their responses, whoever sampled them.
             batch: the prompts, whose texts and columns a reward function gets.
         """
+        mask = sequences.response_mask
         with self.backbone.role("critic"):
-            values = self.per_row(sequences, sequences.response_mask.shape, self._values)
-        return CriticRollout.of(super().evaluate(sequences, batch), values=values)
+            if self.ppo.critic == "head":
+                head: Any = self.backbone.heads["critic"]
+                shape = (*mask.shape, head.in_features)
+                states = self.per_row(sequences, shape, self.backbone.encode).masked_fill(~mask[..., None], 0)
+                values = self.backbone.values(states).masked_fill(~mask, 0)
+            else:
+                states = torch.zeros(*mask.shape, 0, device=self.device)
+                values = self.per_row(sequences, mask.shape, self._values)
+        return CriticRollout.of(super().evaluate(sequences, batch), values=values, states=states)
 
     def estimate_advantages(self, rollout: CriticRollout, rewards: Tensor) -> CriticExperience:
         """Whiten rewards in scale, GAE, whiten advantages.
@@ -107,7 +118,10 @@ class PPOPolicy(RolloutModule):
 
     def value_objective(self, piece: CriticExperience, *means: Means) -> Tensor:
         """Clipped squared error of the critic, [B, R], 0 off the mask."""
-        values = self._values(piece)
+        if self.ppo.critic == "head":
+            values = self.backbone.values(piece.states).masked_fill(~piece.response_mask, 0)
+        else:
+            values = self._values(piece)
         loss = value_loss(values, piece.values, piece.returns, clip_range=self.ppo.value_clip_range)
         for mean in means:
             mean.add("value_loss", loss, piece.response_mask)

@@ -305,3 +305,43 @@ def test_on_an_enumerable_task_ppo_finds_the_optimum_in_closed_form(tmp_path, ti
     assert goal - start > 0.15
     assert ours == pytest.approx(goal, abs=0.06)
     assert 0.5 * (probabilities["policy"] - optimum).abs().sum() < 0.12
+
+
+def test_a_critic_that_is_a_head_learns_as_linear_regression_on_the_frozen_states(tmp_path, tiny_llama, data_files):
+    """Its gradient is that of the clipped squared error by hand, and no pass runs for it."""
+    module = ending_often(tiny_llama, critic="head")
+    experience = experience_of(module, tiny_llama, data_files, tmp_path)
+    assert {n.rpartition(".")[0] for n in module.trained() if "critic" in n} == {"backbone.heads.critic"}
+    with torch.no_grad(), module.backbone.role("reference"):
+        states = module.per_row(experience, experience.states.shape, module.backbone.encode)
+    mask = experience.response_mask
+    torch.testing.assert_close(experience.states[mask], states[mask], atol=1e-5, rtol=0)
+    head = module.backbone.heads["critic"]
+    weight, bias = (p.detach().double().requires_grad_() for p in (head.weight[0], head.bias))
+    values = states[mask].double() @ weight + bias
+    torch.testing.assert_close(experience.values[mask].double(), values.detach(), atol=1e-5, rtol=1e-5)
+    old, returns = experience.values[mask].double(), experience.returns[mask].double()
+    limit, both = module.ppo.value_clip_range, []
+    for tried in (values, old + (values - old).clamp(-limit, limit)):
+        both.append((tried - returns).square())
+    (0.5 * module.ppo.value_coefficient * torch.maximum(*both).mean()).backward()
+    module.zero_grad()
+    encoded = []
+    encode = module.backbone.encode
+    module.backbone.encode = lambda rows: (encoded.append(module.backbone._role), encode(rows))[1]
+    module.iteration, module.ppo = 0, replace(module.ppo, critic_warmup=1)
+    for loss in module.losses(experience, Means()):
+        loss.backward()
+    assert encoded == []
+    torch.testing.assert_close(head.weight.grad[0].double(), weight.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(head.bias.grad.double(), bias.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_run_whose_critic_is_a_head_trains_it_and_the_policy_alone(tmp_path, tiny_llama, data_files):
+    module = ppo(tiny_llama, critic="head")
+    module.configure_model()
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    recorder = fit(tmp_path, module, prompt_data(tiny_llama, data_files))
+    changed = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if ".policy." in n or "heads.critic" in n}
+    assert recorder.rollouts[0].states.shape[2] == module.backbone.heads["critic"].in_features
