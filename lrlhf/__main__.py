@@ -20,6 +20,8 @@ USAGE = """usage: lrlhf COMMAND [options]
   plan       the memory that a run needs, before it runs: lrlhf plan --config configs/demo/sft.yaml
   doctor     what this machine can run; --check proves it on its device
   verify-resume   prove on your config that a killed run ends like an uninterrupted one
+  study      conditions times seeds, and what they say: lrlhf study --config configs/studies/regularizers.yaml
+  match      coefficients under which penalties pull equally hard: lrlhf match RUN --divergences ...
   report     tables, plots and one HTML page of runs, side by side: lrlhf report runs/demo
 
 lrlhf COMMAND --help tells the options; several --config files compose, later ones win."""
@@ -71,6 +73,14 @@ def command(name: str) -> Callable[[list[str]], object]:
         from lrlhf.chat import main as chat
 
         return chat
+    if name == "study":
+        from lrlhf.study.command import main as study
+
+        return study
+    if name == "match":
+        from lrlhf.study.matching import main as match
+
+        return match
     if name == "report":
         from lrlhf.report.report import main as report
 

@@ -11,6 +11,7 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py")}
 FLOORS = (
     ("__main__",),
     ("doctor",),
+    ("study",),
     ("align", "memory", "export", "chat"),
     ("report",),
     ("evaluation",),
@@ -30,6 +31,8 @@ HOMES = {
     "matplotlib": {"report/drawing.py"},
     "plotly": {"report/page.py"},
     "rich": {"report/report.py", "evaluation/command.py", "chat.py"},
+    "statsmodels": {"evaluation/seeds.py"},
+    "submitit": {"study/command.py"},
     "gguf": {"export/gguf_file.py"},
     "openai": {"evaluation/endpoint.py"},
     "sklearn": {"evaluation/win_rate.py"},

@@ -1,9 +1,11 @@
 """Plots drawn twice: as images by matplotlib, and for a browser by plotly."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from html import escape
 from typing import Any
+
+import numpy as np
 
 from lrlhf.errors import UserError
 from lrlhf.report.plots import Plot
@@ -28,9 +30,13 @@ def image(plot: Plot) -> Figure:
         line = {"line": "-", "dashed": "--", "points": ""}[curve.style]
         marker = "o" if len(curve.x) <= 40 or curve.style == "points" else ""
         axes.plot(curve.x, curve.y, ls=line, marker=marker, ms=3.5, lw=1.4, color=curve.color)
+        if curve.error:
+            axes.vlines(curve.x, *curve.error, color=curve.color, lw=1.4)
         if curve.band:
             axes.fill_between(curve.x, *curve.band, color=curve.color, alpha=0.15, lw=0)
-    if len(plot.curves) > 1:
+    if any(isinstance(x, str) for curve in plot.curves for x in curve.x):
+        axes.tick_params("x", rotation=45)
+    if len(plot.curves) > 1 and plot.legend:
         labels = [_no_math(curve.label) for curve in plot.curves]
         axes.legend(axes.lines, labels, frameon=False).set_in_layout(False)
     if plot.guide is not None:
@@ -51,6 +57,9 @@ def interactive(plot: Plot) -> dict[str, Any]:
         joined = {"width": 2, "color": curve.color, "dash": "dash" if curve.style == "dashed" else "solid"}
         mode = "markers" if curve.style == "points" else "lines+markers" if len(curve.x) <= 40 else "lines"
         trace = {"x": _json(curve.x), "y": _json(curve.y), "name": _no_tags(curve.label), "mode": mode, "line": joined}
+        if curve.error:
+            away = [_json(np.abs(np.subtract(curve.y, ends))) for ends in curve.error]
+            trace["error_y"] = {"type": "data", "symmetric": False, "arrayminus": away[0], "array": away[1]}
         data.append(trace | {"marker": {"size": 5, "color": curve.color}, "text": [*map(_no_tags, curve.hover or ())]})
     dotted = {"type": "line", "line": {"dash": "dot", "color": "#475569", "width": 1.5}}
     across = {**dotted, "xref": "paper", "x0": 0, "x1": 1, "y0": plot.guide, "y1": plot.guide}
@@ -71,7 +80,7 @@ def interactive(plot: Plot) -> dict[str, Any]:
             "yanchor": "bottom",
             "x": 0,
         },
-        "showlegend": len(plot.curves) > 1,
+        "showlegend": len(plot.curves) > 1 and plot.legend,
         "shapes": [across] * (plot.guide is not None) + [diagonal] * plot.diagonal,
     }
     return {"data": data, "layout": layout}
@@ -93,6 +102,6 @@ def _short(text: str) -> str:
     return text if len(text) <= 50 else f"{text[:24]}…{text[-25:]}"
 
 
-def _json(values: Sequence[float]) -> list[float | None]:
+def _json(values: Iterable[float | str]) -> list[float | str | None]:
     """JSON knows no nan and no infinity."""
-    return [float(value) if math.isfinite(value) else None for value in values]
+    return [_no_tags(v) if isinstance(v, str) else float(v) if math.isfinite(v) else None for v in values]

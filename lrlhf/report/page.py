@@ -14,6 +14,7 @@ from lrlhf.report import BEFORE
 from lrlhf.report.drawing import image, interactive
 from lrlhf.report.plots import Plot
 from lrlhf.report.runs import Run, differences
+from lrlhf.report.study import StudyResults, study_notes, study_tables
 from lrlhf.report.tables import (
     CAVEAT,
     HEADINGS,
@@ -53,25 +54,50 @@ def render_page(runs: Sequence[Run], plots: Sequence[Plot]) -> str:
         runs: to show.
         plots: of the runs.
     """
-    pages = Environment(loader=PackageLoader("lrlhf.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pages.filters |= {"printable": lambda value: printable(str(value)), "describe": describe}
-    plotly = _plotly() if plots else None
-    scripts = [LOADER, plotly] if plotly else []
-    figures = {plot.name: interactive(plot) for plot in plots}
-    return pages.get_template("report.html.j2").render(
+    return _page(
+        "report.html.j2",
+        plots,
         title=", ".join(run.name for run in runs),
         runs=[_show(run) for run in runs],
         names=[run.name for run in runs],
         differences=differences(runs) if len(runs) > 1 else [],
         headings=HEADINGS,
+        sides=SIDES,
+        caveat=CAVEAT,
+    )
+
+
+def render_study(study: StudyResults, plots: Sequence[Plot]) -> str:
+    """The page of a study.
+
+    Args:
+        study: to show.
+        plots: of it.
+    """
+    return _page(
+        "study.html.j2",
+        plots,
+        title=f"Study: {study.name}",
+        notes=study_notes(study),
+        tables=study_tables(study),
+        plan=json.dumps(study.plan, indent=1),
+    )
+
+
+def _page(template: str, plots: Sequence[Plot], **content: Any) -> str:
+    pages = Environment(loader=PackageLoader("lrlhf.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"printable": lambda value: printable(str(value)), "describe": describe}
+    plotly = _plotly() if plots else None
+    scripts = [LOADER, plotly] if plotly else []
+    figures = {plot.name: interactive(plot) for plot in plots}
+    return pages.get_template(template).render(
         plots=plots,
         stills={plot.name: _still(plot, 72 if plotly else 160) for plot in plots},
         plotly=_base64(gzip.compress(plotly.encode(), mtime=0)) if plotly else None,
         figures=json.dumps(figures).replace("<", "\\u003c"),
         loader=LOADER,
         hashes=[_base64(hashlib.sha256(script.encode()).digest()) for script in scripts],
-        sides=SIDES,
-        caveat=CAVEAT,
+        **content,
     )
 
 

@@ -49,12 +49,14 @@ class Curve:
     """Points of one colour, perhaps joined, perhaps with a band around them; nan is a gap."""
 
     label: str
-    x: Sequence[float]
+    x: Sequence[float] | Sequence[str]
     y: Sequence[float]
     color: str
     style: Literal["line", "dashed", "points"] = "line"
     band: tuple[Sequence[float], Sequence[float]] | None = None
     hover: Sequence[str] | None = None
+    error: tuple[Sequence[float], Sequence[float]] | None = None
+    """Lower and upper ends of a bar through each point."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Plot:
     curves: list[Curve] = field(default_factory=list)
     guide: float | None = None
     diagonal: bool = False
+    legend: bool = True
 
 
 def make_plots(runs: Sequence[Run]) -> list[Plot]:

@@ -11,9 +11,11 @@ from pathlib import Path
 from lrlhf.cli.messages import CommandParser
 from lrlhf.errors import UserError
 from lrlhf.report.drawing import image
-from lrlhf.report.page import render_page
-from lrlhf.report.plots import make_plots
+from lrlhf.report.page import render_page, render_study
+from lrlhf.report.plots import Plot, make_plots
 from lrlhf.report.runs import Run, read_runs
+from lrlhf.report.study import FILE as STUDY
+from lrlhf.report.study import read_study, study_notes, study_plots, study_tables
 from lrlhf.report.tables import (
     CAVEAT,
     HEADINGS,
@@ -43,10 +45,16 @@ def main(arguments: list[str]) -> None:
         UserError: a folder that holds no run.
     """
     parser = CommandParser("report", "Tables, plots and one HTML page of runs, side by side where there are several.")
-    parser.add_argument("runs", type=str, nargs="+", help="folders of lrlhf align, or of one stage")
+    parser.add_argument("runs", type=str, nargs="+", help="folders of lrlhf align, of one stage, or of a study")
     parser.add_argument("--to", type=str | None, help="the page (default: report.html in the first run's folder)")
     parsed = parser.parse_args(arguments)
-    write_report(parsed.runs, parsed.to)
+    studies = [(Path(run).expanduser() / STUDY).is_file() for run in parsed.runs]
+    if not any(studies):
+        write_report(parsed.runs, parsed.to)
+    elif len(studies) > 1:
+        raise UserError("report: give a study alone; its conditions are side by side already.")
+    else:
+        write_study(parsed.runs[0], parsed.to)
 
 
 def write_report(folders: Sequence[str | Path], to: str | Path | None = None) -> Path:
@@ -59,14 +67,43 @@ def write_report(folders: Sequence[str | Path], to: str | Path | None = None) ->
     runs = read_runs([str(folder) for folder in folders])
     page = Path(to).expanduser() if to else runs[0].folder / "report.html"
     plots, images = make_plots(runs), page.parent / "plots"
-    images.mkdir(parents=True, exist_ok=True)
-    for plot in plots:
-        image(plot).savefig(images / f"{plot.name}.png", dpi=160)
+    _write_images(plots, images)
     page.write_text(render_page(runs, plots), encoding="utf-8")
     for run in runs:
         print_report(run)
     print(f"Page: {page}")
     return page
+
+
+def write_study(folder: str | Path, to: str | Path | None = None) -> Path:
+    """The same of a study: its tables, its plots, its page.
+
+    Args:
+        folder: of the study, or with its tables.
+        to: the page; None for report.html in the folder.
+    """
+    study = read_study(Path(folder).expanduser())
+    page = Path(to).expanduser() if to else Path(folder).expanduser() / "report.html"
+    plots, images = study_plots(study), page.parent / "plots"
+    _write_images(plots, images)
+    page.write_text(render_study(study, plots), encoding="utf-8")
+    console = Console()
+    for heading, *lines in filter(None, study_tables(study)):
+        table = Table(title=_text(study.name, "bold"), title_justify="left")
+        for cell in heading:
+            table.add_column(_text(cell), justify="left" if cell == heading[0] else "right")
+        for line in lines:
+            table.add_row(*map(_text, line))
+        console.print(table)
+    console.print(*map(_text, study_notes(study)), sep="\n")
+    print(f"Page: {page}")
+    return page
+
+
+def _write_images(plots: Sequence[Plot], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in plots:
+        image(plot).savefig(folder / f"{plot.name}.png", dpi=160)
 
 
 def print_report(run: Run) -> None:

@@ -1,0 +1,169 @@
+"""A study as tables and plots: conditions over seeds, the comparisons that were named, reward against divergence."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lrlhf.errors import UserError
+from lrlhf.evaluation.estimates import Estimate
+from lrlhf.report.plots import COLORS, Curve, Plot
+
+FILE = "study.json"
+HEADINGS = ("condition", "seeds", "{outcome} reward", "95 % interval", "exact KL a token", "length", "learned", "gold")
+MEANS = (("exact_kl", 4), ("length", 1), ("learned", 3), ("gold", 3))
+"""Columns of trials behind the outcome, with their digits."""
+COMPARED = ("comparison", "seeds", "difference", "95 % interval", "p, corrected", "verdict", "seeds for {effect:g}")
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """What there is of a study."""
+
+    name: str
+    plan: dict[str, Any]
+    """The contents of study.json."""
+    trials: pd.DataFrame
+    prompts: pd.DataFrame
+    curves: pd.DataFrame
+
+    @property
+    def conditions(self) -> list[str]:
+        """Those with a trial, in the order of the study."""
+        there = set(self.trials["condition"])
+        return [name for name in self.plan["order"] if name in there]
+
+    def values(self, condition: str, seeds: Sequence[int] | None = None) -> np.ndarray:
+        """The outcome [S, P] of a condition, by seed and prompt.
+
+        Args:
+            condition: its name.
+            seeds: which, in this order; None for all that there are.
+        """
+        rows = self.prompts[self.prompts["condition"] == condition]
+        table = rows.pivot(index="seed", columns="prompt", values=self.plan["outcome"]).sort_index()
+        return table.loc[list(seeds) if seeds is not None else table.index].to_numpy(float)
+
+    def seeds(self, condition: str) -> set[int]:
+        """Those whose trial is done."""
+        return set(self.trials.loc[self.trials["condition"] == condition, "seed"])
+
+
+def read_study(folder: Path) -> StudyResults:
+    """The tables of a study.
+
+    Raises:
+        UserError: no trial is done, or its outcome was not measured.
+    """
+    plan = json.loads((folder / FILE).read_text())
+    paths = [folder / f"{name}.csv" for name in ("trials", "prompts", "curves")]
+    if not paths[0].is_file() or len(paths[0].read_text().strip().splitlines()) < 2:
+        raise UserError(f"report: no trial of the study {folder} is done yet; run lrlhf study.")
+    text = {"condition": str}
+    trials, prompts = (pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""]) for path in paths[:2])
+    curves = pd.read_csv(paths[2], dtype=text, keep_default_na=False, na_values=[""]) if paths[2].is_file() else None
+    if prompts[plan["outcome"]].isna().any():
+        raise UserError(
+            f"report: the study {folder} has not measured {plan['outcome']}; set compare.gold in its align."
+        )
+    return StudyResults(folder.resolve().name, plan, trials, prompts, pd.DataFrame() if curves is None else curves)
+
+
+def study_tables(study: StudyResults) -> tuple[list[list[str]], list[list[str]]]:
+    """Lines of conditions, and of comparisons, each under its headings."""
+    from lrlhf.evaluation.seeds import corrected, difference, mean_over_seeds, verdict
+
+    lines = [[heading.format(**study.plan) for heading in HEADINGS]]
+    for name in study.conditions:
+        rows = study.trials[study.trials["condition"] == name]
+        estimate = mean_over_seeds(study.values(name))
+        means = [
+            rows[column].mean() if column in rows else math.nan for column in ("exact_kl", "length", "learned", "gold")
+        ]
+        lines.append([name, *_told(estimate), *(f"{m:.{d}f}" for m, d in zip(means, (4, 1, 3, 3), strict=True))])
+    compared = [[heading.format(**study.plan) for heading in COMPARED]]
+    found = []
+    for first, second in study.plan["comparisons"]:
+        both = sorted(study.seeds(first) & study.seeds(second))
+        if both:
+            pair = study.values(first, both), study.values(second, both)
+            found.append((f"{first} - {second}", difference(*pair, study.plan["effect"])))
+    p = corrected([result.p for _, result in found])
+    for (label, result), held in zip(found, p, strict=True):
+        needed = "" if result.seeds_needed is None else str(result.seeds_needed)
+        told = "" if math.isnan(held) else f"{held:.3f}"
+        compared.append([label, *_told(result.estimate, "+"), told, verdict(result.estimate, held), needed])
+    return lines, compared if len(compared) > 1 else []
+
+
+def _told(estimate: Estimate, sign: str = "") -> tuple[str, str, str]:
+    interval = "" if math.isnan(estimate.low) else f"{estimate.low:{sign}.3f} to {estimate.high:{sign}.3f}"
+    return str(estimate.n), f"{estimate.value:{sign}.3f}", interval
+
+
+def study_notes(study: StudyResults) -> list[str]:
+    """What a reader must know to read the tables."""
+    plan, count = study.plan, len(study.plan["comparisons"])
+    seen = plan["trials_seen"]
+    when = "before any trial was done" if not seen else f"after {seen} trials were done: read them as exploratory"
+    wanted = len(plan["order"]) * len(plan["seeds"])
+    notes = [
+        f"{len(study.trials)} of {wanted} trials are done, {study.trials['seconds'].sum() / 3600:.1f} machine hours.",
+        "Intervals and p count seeds and prompts (pigeonhole bootstrap, t distribution over seeds).",
+    ]
+    if count:
+        notes.append(
+            f"The {count} comparisons were named {when} ({plan['named']}); p is corrected for all of them (Holm)."
+            " Nothing is called higher or lower whose interval includes 0 or whose corrected p is 0.05 or more."
+        )
+    return notes
+
+
+def study_plots(study: StudyResults) -> list[Plot]:
+    """Outcome by condition, against exact KL, against length, and the learned score by iteration."""
+    from lrlhf.evaluation.seeds import mean_over_seeds
+
+    outcome = f"{study.plan['outcome']} reward"
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(study.conditions)}
+    seeds, means = [], []
+    for name in study.conditions:
+        values = study.values(name)
+        seeds.append(Curve(name, [name] * len(values), list(values.mean(1)), colors[name], "points"))
+        means.append((name, mean_over_seeds(values)))
+    low, high = ([getattr(e, side) for _, e in means] for side in ("low", "high"))
+    center = Curve("mean", [n for n, _ in means], [e.value for _, e in means], "#0f172a", "points", error=(low, high))
+    hint = "A point is a seed; the bar is the 95 % interval of the mean. Bars that overlap may still differ, paired."
+    plots = [Plot("outcome", outcome.capitalize(), "", outcome, hint, [center, *seeds], legend=False)]
+    for column, title, x, hint in (
+        ("exact_kl", "Reward against divergence", "exact KL from the reference, nats per token",
+         "A point is a trial. Up and to the left is better: more reward for less divergence."),
+        ("length", "Reward against length", "tokens per response",
+         "If reward only rises with length, it may be length that is paid for."),
+        ("learned", "Gold against learned", "learned reward",
+         "Right without up: the reward model is exploited."),
+    ):  # fmt: skip
+        if column in study.trials and study.trials[column].notna().all():
+            curves = []
+            for name in study.conditions:
+                rows = study.trials[study.trials["condition"] == name]
+                hover = [f"seed {seed}" for seed in rows["seed"]]
+                y = list(rows[study.plan["outcome"]])
+                curves.append(Curve(name, list(rows[column]), y, colors[name], "points", hover=hover))
+            plots.append(Plot(f"outcome_{column}", title, x, outcome, hint, curves))
+    for metric, title, unit in (
+        ("train/score", "Learned score by iteration", "score, mean of a rollout"),
+        ("train/length", "Length by iteration", "tokens per response"),
+    ):
+        curves = []
+        for name in study.conditions if len(study.curves) else ():
+            rows = study.curves[(study.curves["condition"] == name) & (study.curves["metric"] == metric)]
+            by_step = rows.groupby("iteration")["value"].mean()
+            curves.append(Curve(name, list(by_step.index), list(by_step), colors[name]))
+        if curves:
+            plots.append(Plot(metric.replace("/", "_"), title, "iteration", unit, "Mean over seeds.", curves))
+    return plots

@@ -1,0 +1,178 @@
+"""`lrlhf study`: conditions times seeds, each an align run; tables, and a page with the comparisons that were named."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt, register_type
+from tqdm import tqdm
+
+from lrlhf.cli.messages import CommandParser
+from lrlhf.errors import UserError
+from lrlhf.report.report import write_study
+from lrlhf.study.results import collect
+from lrlhf.study.trials import Trial, make_trials, write_json
+
+DESCRIPTION = """Conditions and a grid of config keys, times seeds. Each trial is an align run in a folder of its own
+and goes on where it was interrupted; the same command again runs what is missing."""
+
+
+class Plain(dict):
+    """Keys and values as they stand in the file: what they name by class path is the trials' to make."""
+
+
+register_type(Plain, serializer=dict, deserializer=Plain, deserializer_exceptions=(TypeError, ValueError))
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study is made of."""
+
+    align: list[str]
+    """Config files of `lrlhf align`. Its SFT and reward model are trained once for all trials that do not change them;
+    its last stage is what a trial repeats."""
+    run: str = "runs/study"
+    """Folder of the study."""
+    conditions: Plain = field(default_factory=Plain)
+    """By name: what each changes in the config of a stage, such as {rl: {model: {...}}}."""
+    grid: Plain = field(default_factory=Plain)
+    """Values by stage and key, such as rl.model.init_args.lora.r; every condition is run with each."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """Of the last stage."""
+    comparisons: list[list[str]] = field(default_factory=list)
+    """Pairs of conditions, named before the runs: only these are tested, together."""
+    outcome: Literal["gold", "learned"] = "gold"
+    """What they are compared by."""
+    effect: PositiveFloat = 0.05
+    """A difference of the outcome worth finding, for the line on how many seeds that takes."""
+    workers: PositiveInt = 1
+    """Trials at once on this machine."""
+    cluster: Literal["slurm", "local"] | None = None
+    """Submit the trials as one job array by submitit instead: to SLURM, or to processes here."""
+    submit: Plain = field(default_factory=Plain)
+    """Parameters of submitit, such as {timeout_min: 600, slurm_partition: gpu, gpus_per_node: 1}."""
+
+    def trials(self) -> list[Trial]:
+        """All trials.
+
+        Raises:
+            UserError: a condition that is no config of stages, a grid without values, or a comparison of a condition
+                that there is not.
+        """
+        for name, changes in self.conditions.items():
+            if not isinstance(changes, dict) or not all(isinstance(change, dict) for change in changes.values()):
+                raise UserError(
+                    f"study: conditions.{name}: expected stages with their configs, as in rl: {{model: ...}}."
+                )
+        for key, values in self.grid.items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"study: grid.{key}: expected a list of values, got {values!r}.")
+        found = make_trials(Path(self.run).expanduser(), tuple(self.align), self.conditions, self.grid, self.seeds)
+        names = list(dict.fromkeys(trial.condition for trial in found))
+        for pair in self.comparisons:
+            if len(pair) != 2 or not set(pair) <= set(names) or pair[0] == pair[1]:
+                raise UserError(f"study: comparisons: {pair} is no pair of two of the conditions {', '.join(names)}.")
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise UserError(f"study: seeds={self.seeds}: name each once, and one at least.")
+        return found
+
+
+def main(arguments: list[str]) -> None:
+    """Run the trials that are not done, and write tables and page of all that are.
+
+    Raises:
+        UserError: a bad option, or a trial that failed; the others were run.
+    """
+    parser = CommandParser("study", DESCRIPTION)
+    parser.add_class_arguments(Study)
+    values = parser.parse_args(arguments).as_dict()
+    values.pop("config", None)
+    study = Study(**values)
+    run, trials = Path(study.run).expanduser(), study.trials()
+    register(study, run, trials)
+    pending = [trial for trial in trials if not trial.is_done()]
+    done = len(trials) - len(pending)
+    print(f"study: {len(trials)} trials, {done} done already, in {run}")
+    failed = []
+    for error in tqdm(runner(study, pending), total=len(trials), initial=done, desc="trials", smoothing=0):
+        failed += [error] if error else []
+        collect(run, trials)
+    if collect(run, trials):
+        write_study(run)
+    if failed:
+        raise UserError(f"study: {len(failed)} of {len(trials)} trials failed, first {failed[0]}")
+
+
+def runner(study: Study, pending: list[Trial]) -> Iterator[str | None]:
+    """Run trials; of each, when it ends, nothing or how it failed.
+
+    Args:
+        study: says where.
+        pending: the trials to run.
+    """
+    if study.cluster is None:
+        threads = max(1, torch.get_num_threads() // study.workers) if study.workers > 1 else None
+        for first in {trial.before: trial for trial in pending}.values():
+            first.prepare(threads)
+        with ThreadPoolExecutor(study.workers) as pool:
+            futures = [pool.submit(trial.run, threads) for trial in pending]
+            for future in as_completed(futures):
+                yield _failure(future.result)
+        return
+    import submitit
+
+    executor = submitit.AutoExecutor(Path(study.run).expanduser() / "jobs", cluster=study.cluster)
+    executor.update_parameters(**{"name": "lrlhf-study", "timeout_min": 24 * 60, **study.submit})
+    firsts = list({trial.before: trial for trial in pending}.values())
+    for job in executor.map_array(Job("prepare"), firsts):
+        job.result()
+    for job in executor.map_array(Job("run"), pending):
+        yield _failure(job.result)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a cluster runs for a trial: one of its methods."""
+
+    method: str
+
+    def __call__(self, trial: Trial) -> None:
+        """Run it."""
+        getattr(trial, self.method)()
+
+    def checkpoint(self, trial: Trial) -> Any:
+        """When the cluster takes the machine away: queue it again; its run goes on from its last checkpoint."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, trial)
+
+
+def register(study: Study, run: Path, trials: list[Trial]) -> None:
+    """Write study.json: the comparisons, and how many trials had been seen when they were named.
+
+    Args:
+        study: to register.
+        run: its folder.
+        trials: of it.
+    """
+    path = run / "study.json"
+    plan = {key: asdict(study)[key] for key in ("align", "conditions", "grid", "seeds", "outcome", "effect")}
+    plan |= {"comparisons": study.comparisons, "order": list(dict.fromkeys(trial.condition for trial in trials))}
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    same = all(before.get(key) == plan[key] for key in ("comparisons", "outcome"))
+    seen = before["trials_seen"] if same else sum(trial.is_done() for trial in trials)
+    named = before["named"] if same else time.strftime("%Y-%m-%d %H:%M")
+    write_json(path, plan | {"trials_seen": seen, "named": named})
+
+
+def _failure(result: Callable[[], Any]) -> str | None:
+    try:
+        result()
+    except Exception as error:
+        return str(error)
+    return None
