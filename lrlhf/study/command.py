@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,20 @@ DESCRIPTION = """Conditions and a grid of config keys, times seeds. Each trial i
 and goes on where it was interrupted; the same command again runs what is missing."""
 
 
-class Plain(dict):
-    """Keys and values as they stand in the file: what they name by class path is the trials' to make."""
+class Plain:
+    """Keys and values as they stand in the file: what they name by class path is the trials' to make.
+
+    Args:
+        keys: a mapping.
+    """
+
+    def __init__(self, keys: Any = None):
+        if keys is not None and not isinstance(keys, dict):
+            raise ValueError("expected keys and values")
+        self.keys: dict[str, Any] = dict(keys or {})
 
 
-register_type(Plain, serializer=dict, deserializer=Plain, deserializer_exceptions=(TypeError, ValueError))
+register_type(Plain, serializer=lambda plain: plain.keys, deserializer=Plain)
 
 
 @dataclass(frozen=True)
@@ -64,15 +73,17 @@ class Study:
             UserError: a condition that is no config of stages, a grid without values, or a comparison of a condition
                 that there is not.
         """
-        for name, changes in self.conditions.items():
+        for name, changes in self.conditions.keys.items():
             if not isinstance(changes, dict) or not all(isinstance(change, dict) for change in changes.values()):
                 raise UserError(
                     f"study: conditions.{name}: expected stages with their configs, as in rl: {{model: ...}}."
                 )
-        for key, values in self.grid.items():
+        for key, values in self.grid.keys.items():
             if not isinstance(values, list) or not values:
                 raise UserError(f"study: grid.{key}: expected a list of values, got {values!r}.")
-        found = make_trials(Path(self.run).expanduser(), tuple(self.align), self.conditions, self.grid, self.seeds)
+        found = make_trials(
+            Path(self.run).expanduser(), tuple(self.align), self.conditions.keys, self.grid.keys, self.seeds
+        )
         names = list(dict.fromkeys(trial.condition for trial in found))
         for pair in self.comparisons:
             if len(pair) != 2 or not set(pair) <= set(names) or pair[0] == pair[1]:
@@ -127,7 +138,7 @@ def runner(study: Study, pending: list[Trial]) -> Iterator[str | None]:
     import submitit
 
     executor = submitit.AutoExecutor(Path(study.run).expanduser() / "jobs", cluster=study.cluster)
-    executor.update_parameters(**{"name": "lrlhf-study", "timeout_min": 24 * 60, **study.submit})
+    executor.update_parameters(**{"name": "lrlhf-study", "timeout_min": 24 * 60, **study.submit.keys})
     firsts = list({trial.before: trial for trial in pending}.values())
     for job in executor.map_array(Job("prepare"), firsts):
         job.result()
@@ -161,8 +172,12 @@ def register(study: Study, run: Path, trials: list[Trial]) -> None:
         trials: of it.
     """
     path = run / "study.json"
-    plan = {key: asdict(study)[key] for key in ("align", "conditions", "grid", "seeds", "outcome", "effect")}
-    plan |= {"comparisons": study.comparisons, "order": list(dict.fromkeys(trial.condition for trial in trials))}
+    plan: dict[str, Any] = {key: getattr(study, key) for key in ("align", "seeds", "outcome", "effect", "comparisons")}
+    plan |= {
+        "conditions": study.conditions.keys,
+        "grid": study.grid.keys,
+        "order": list(dict.fromkeys(trial.condition for trial in trials)),
+    }
     before = json.loads(path.read_text()) if path.is_file() else {}
     same = all(before.get(key) == plan[key] for key in ("comparisons", "outcome"))
     seen = before["trials_seen"] if same else sum(trial.is_done() for trial in trials)

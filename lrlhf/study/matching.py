@@ -36,9 +36,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--to", type=Divergence, default=kl, help="the divergence whose strength they get")
     parser.add_argument("--coefficient", type=PositiveFloat, default=0.02, help="of that divergence")
     parser.add_argument("--count", type=PositiveInt, default=96, help="held-out prompts at most")
+    parser.add_argument("--responses", type=PositiveInt, default=8, help="to each prompt, in each of two rounds")
     parser.add_argument("--out", type=str | None, help="JSON file of the result")
     given = parser.instantiate_classes(parser.parse_args(arguments))
-    found = match(Path(given.run).expanduser(), given.divergences, given.to, given.coefficient, given.count)
+    found = match(
+        Path(given.run).expanduser(), given.divergences, given.to, given.coefficient, given.count, given.responses
+    )
     print(f"At an exact KL of {found['exact_kl']:.4f} nats a token, like {_name(given.to)} at {given.coefficient}:")
     for name, line in found["matched"].items():
         print(f"  {name:24} coefficient {line['coefficient']:<10.4g} pull again {line['pull_again']:.3f} of it")
@@ -47,7 +50,12 @@ def main(arguments: list[str]) -> None:
 
 
 def match(
-    run: Path, divergences: Sequence[Divergence], to: Divergence = kl, coefficient: float = 0.02, count: int = 96
+    run: Path,
+    divergences: Sequence[Divergence],
+    to: Divergence = kl,
+    coefficient: float = 0.02,
+    count: int = 96,
+    responses: int = 8,
 ) -> dict[str, Any]:
     """Coefficients of equal pull, and that pull on fresh responses.
 
@@ -57,6 +65,7 @@ def match(
         to: what they are matched to.
         coefficient: of `to`.
         count: held-out prompts at most.
+        responses: to each prompt, in each round.
 
     Returns:
         exact_kl, nats a token; and matched, by name: mean (per token), coefficient, and pull_again: the mean penalty
@@ -70,7 +79,7 @@ def match(
     data.setup("validate")
     module.seed = int(config.get("seed_everything") or 0)
     functions = list({_name(f): f for f in (to, *divergences, exact_kl)}.values())
-    first, again = (_means(module, data, functions, draws) for draws in ("match", "match again"))
+    first, again = (_means(module, data, functions, draws, responses) for draws in ("match", "match again"))
     if bad := [name for name, mean in first.items() if not mean > 0]:
         raise UserError(
             f"match: the mean of {', '.join(bad)} is not positive over the responses of {run}; take a policy that has "
@@ -85,10 +94,11 @@ def match(
     return {"exact_kl": first["exact_kl"], "to": _name(to), "coefficient": coefficient, "matched": matched}
 
 
-def _means(module: Any, data: Any, functions: Sequence[Divergence], draws: str) -> dict[str, float]:
+def _means(module: Any, data: Any, functions: Sequence[Divergence], draws: str, responses: int) -> dict[str, float]:
     """Of each divergence per token, over responses of the policy."""
     sums, tokens = dict.fromkeys(map(_name, functions), 0.0), 0
-    for number, batch in enumerate(tqdm(data.val_dataloader(), desc=draws)):
+    batches = (batch for _ in range(responses) for batch in data.val_dataloader())
+    for number, batch in enumerate(tqdm(batches, desc=draws, total=responses * len(data.val_dataloader()))):
         sequences = Sequences(batch.prompt_ids, batch.prompt_mask, *module.sample(batch, "policy", draws, number))
         for name, values in measure(module, sequences, module.logprobs(sequences, "policy"), functions).items():
             sums[name] += float(values.sum())
