@@ -42,11 +42,13 @@ class Plan:
 
     def _on_device(self, phase: Phase, kinds: dict[str, int], base: Base) -> dict[str, int]:
         """Quantise, copy and shard what was rehearsed whole."""
-        job = self.job
+        job, saved, scales = self.job, 0, 0
         if quantize := job["quantize"]:
             width = job.dtype.itemsize
             shapes = [rows * columns for rows, columns in base.linear_weights]
-            kinds["base"] += sum(quantised(r, c, quantize) for r, c in base.linear_weights) - width * sum(shapes)
+            small = sum(quantised(r, c, quantize) for r, c in base.linear_weights)
+            saved, scales = width * sum(shapes) - small, small - sum(shapes) // 2
+            kinds["base"] -= saved
             if phase not in ("load", "checkpoint"):
                 kinds["activations"] = kinds.get("activations", 0) + width * max(shapes)
         gathered = 0
@@ -57,9 +59,10 @@ class Plan:
             for kind in ("base", "adapters", "heads", "gradients", "optimizer"):
                 kinds[kind] = -(-kinds.get(kind, 0) // job.devices)
         elif job.gather is not None and phase != "load":
-            kinds["base"] = -(-kinds["base"] // job.devices)
+            kinds["base"] = -(-(kinds["base"] - scales) // job.devices) + scales  # scales are no parameters
             whole = job.gather == "rollout" and phase in ("rollout", "score")
-            gathered = base.whole if whole else base.root + 2 * base.largest_layer
+            a_layer = int(base.largest_layer * (1 - (saved + scales) / (base.whole - base.root)))
+            gathered = base.whole - saved - scales if whole else base.root + 2 * a_layer
         if job.devices > 1 and gathered and phase not in ("load", "checkpoint"):
             kinds["gathered base"] = gathered
         return {kind: size for kind, size in kinds.items() if size}

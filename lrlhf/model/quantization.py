@@ -45,6 +45,24 @@ def keep_gradients(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def make_shardable(model: nn.Module) -> None:
+    """Let 4-bit weights be plain parameters in the model's type, as FSDP needs them; no bit of them changes.
+
+    FSDP cuts a weight by rows and puts it together again as a tensor of its own kind. bitsandbytes then finds out from
+    the layer how the weight is packed. The scales stay whole on every process.
+
+    Args:
+        model: quantised or not.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.quant_state = module.weight.quant_state
+            module.weight = nn.Parameter(module.weight.data.flatten().view(model.dtype)[:, None], requires_grad=False)
+            module.quant_storage = model.dtype
+
+
 def refuse_paged(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Refuse a paged optimizer of bitsandbytes on a CPU, where it would silently be an unpaged one.
 

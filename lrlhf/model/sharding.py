@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lrlhf.config import Gather, LoRA, Quantization
 from lrlhf.errors import UserError
 from lrlhf.model.backbone import Backbone
+from lrlhf.model.quantization import make_shardable
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -78,10 +79,10 @@ def check_strategy(strategy: Strategy, lora: LoRA | None, quantize: Quantization
             f"trainer.strategy: {type(strategy).__name__} wraps the whole module, which trains wrongly with manual "
             "optimization; use ddp or fsdp2."
         )
-    if isinstance(strategy, FSDP2Strategy) and quantize is not None:
+    if isinstance(strategy, FSDP2Strategy) and quantize is not None and quantize.kind == "int8":
         raise UserError(
-            f"FSDP does not shard a base in {quantize.kind} here; use ddp, where each device holds it whole "
-            "(7B in 4 bits: 4 GB), or model.quantize: null."
+            "FSDP does not shard a base in int8, whose layers keep scales beside their weights; set "
+            "model.quantize.kind: nf4, or trainer.strategy: ddp, where each device holds the base whole."
         )
     if isinstance(strategy, FSDP2Strategy) and lora is None:
         raise UserError("FSDP shards the frozen base, and with model.lora: null nothing is frozen; use ddp.")
@@ -104,6 +105,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
             "carries a state along the sequence. Set trainer.strategy: ddp."
         )
     whole = {p for name, p in backbone.named_parameters() if "lora_" in name or name.startswith("heads.")}
+    make_shardable(backbone.model)
     layers = [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)
