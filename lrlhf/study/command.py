@@ -130,10 +130,13 @@ def runner(study: Study, pending: list[Trial]) -> Iterator[str | None]:
         threads = max(1, torch.get_num_threads() // study.workers) if study.workers > 1 else None
         for first in {trial.before: trial for trial in pending}.values():
             first.prepare(threads)
-        with ThreadPoolExecutor(study.workers) as pool:
+        pool = ThreadPoolExecutor(study.workers)
+        try:
             futures = [pool.submit(trial.run, threads) for trial in pending]
             for future in as_completed(futures):
                 yield _failure(future.result)
+        finally:
+            pool.shutdown(cancel_futures=True)
         return
     import submitit
 
