@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lrlhf
 import lrlhf.functional
@@ -18,6 +19,8 @@ from lrlhf.evaluation import command as evaluate
 from lrlhf.export import command as export
 from lrlhf.memory.command import add_options, read
 from lrlhf.modules.base import AlignmentModule
+from lrlhf.study import command as study
+from lrlhf.study.trials import stages_of
 from tests.modules.helpers import train_reward, train_sft
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +127,14 @@ def test_a_command_that_is_shown_runs_as_shown(line, checkout, monkeypatch):
         plan = Plan.read(arguments)
         for stage in plan.files:
             ConfigCLI("align", lambda parser: None, plan.arguments(stage)[1:])
+    elif command == "study":
+        for trial in study.read(arguments).trials():
+            Path("changes.yaml").write_text(yaml.safe_dump({"trainer": {}, **trial.changes.get("rl", {})}))
+            files = [*stages_of(trial.align)["rl"], "changes.yaml"]
+            words = [word for file in files for word in ("--config", file)]
+            words += ["--model.init_args.reward_model", "runs/demo/reward/handover"]
+            built = Built(**CLI, args=["fit", *words])
+            assert isinstance(built.model, AlignmentModule)
     elif command == "evaluate":
         monkeypatch.setenv("OPENAI_API_KEY", "none")
         for name in ("model_outputs", "reference_outputs", "annotations"):

@@ -45,7 +45,7 @@ def keep_gradients(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def make_shardable(model: nn.Module) -> None:
+def make_shardable(model: Any) -> None:
     """Let 4-bit weights be plain parameters in the model's type, as FSDP needs them; no bit of them changes.
 
     FSDP cuts a weight by rows and puts it together again as a tensor of its own kind. bitsandbytes then finds out from

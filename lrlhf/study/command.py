@@ -93,17 +93,26 @@ class Study:
         return found
 
 
+def read(arguments: list[str]) -> Study:
+    """From the command line and the files that it names.
+
+    Raises:
+        UserError: an unknown option or key, or a value of another kind.
+    """
+    parser = CommandParser("study", DESCRIPTION)
+    parser.add_class_arguments(Study)
+    values = parser.parse_args(arguments).as_dict()
+    values.pop("config", None)
+    return Study(**values)
+
+
 def main(arguments: list[str]) -> None:
     """Run the trials that are not done, and write tables and page of all that are.
 
     Raises:
         UserError: a bad option, or a trial that failed; the others were run.
     """
-    parser = CommandParser("study", DESCRIPTION)
-    parser.add_class_arguments(Study)
-    values = parser.parse_args(arguments).as_dict()
-    values.pop("config", None)
-    study = Study(**values)
+    study = read(arguments)
     run, trials = Path(study.run).expanduser(), study.trials()
     register(study, run, trials)
     pending = [trial for trial in trials if not trial.is_done()]

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -107,7 +107,7 @@ def make_trials(
         if stage.partition(".")[0] not in STAGES:
             raise UserError(f"study: {what!r} changes {stage!r}; begin with a stage: {', '.join(STAGES)}.")
     shared = {stage: files for stage, files in stages_of(align).items() if stage in SHARED}
-    contents = files_of(align)
+    contents = _texts(file for files in shared.values() for file in files)
     trials = []
     for seed, name, values in product(seeds, conditions or {"": {}}, product(*grid.values())):
         factors = tuple(zip(grid, values, strict=True))
@@ -116,7 +116,7 @@ def make_trials(
             changes = merged(changes, _nested(key, value))
         told = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in factors)
         condition = f"{name} ({told})" if name and told else name or told
-        made_of = [shared, [changes.get(stage) for stage in SHARED], contents if shared else None]
+        made_of = [shared, [changes.get(stage) for stage in SHARED], contents]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:8]
         folder = run / "trials" / condition.replace("/", "_") / f"seed-{seed}"
         before = run / "before" / key if shared else None
@@ -151,8 +151,7 @@ def files_of(align: tuple[str, ...]) -> dict[str, str]:
     Args:
         align: its files.
     """
-    files = [*align, *(file for files in stages_of(align).values() for file in files)]
-    return {file: Path(file).expanduser().read_text() for file in files if Path(file).expanduser().is_file()}
+    return _texts([*align, *(file for files in stages_of(align).values() for file in files)])
 
 
 def merged(below: Config, above: Mapping[str, Any]) -> Config:
@@ -180,6 +179,10 @@ def write_json(path: Path, value: Any) -> None:
     scratch = path.with_suffix(".part")
     scratch.write_text(json.dumps(value, indent=1) + "\n")
     scratch.replace(path)
+
+
+def _texts(files: Iterable[str]) -> dict[str, str]:
+    return {file: Path(file).expanduser().read_text() for file in files if Path(file).expanduser().is_file()}
 
 
 def _nested(key: str, value: Any) -> Config:

@@ -128,7 +128,11 @@ def test_done_trials_are_skipped_until_something_they_are_made_of_changes(lab):
     Path("ppo.yaml").write_text("model: {class_path: lrlhf.PPOPolicy, init_args: {dtype: auto}}\n")
     count = len(lab)
     command.main(study(conditions=changed))
-    assert len(lab) - count == 1 + 4, "the shared stages hang on all files, and every trial on them"
+    assert len(lab) - count == 4, "the shared stages do not hang on what the last one is made of"
+    Path("reward.yaml").write_text("model: {class_path: lrlhf.RewardModel, init_args: {dtype: auto}}\n")
+    count = len(lab)
+    command.main(study(conditions=changed))
+    assert len(lab) - count == 1 + 4, "and every trial hangs on them"
 
 
 def test_a_trial_that_fails_is_named_and_the_others_are_run(lab):
