@@ -6,6 +6,7 @@ With one process each returns what it was given.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
@@ -54,9 +55,11 @@ def any_process(flag: bool) -> bool:
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Replace each gradient by its sum over processes, in one collective; a missing gradient counts as 0.
 
-    Losses are divided by counts over all processes, so their gradients add up, they are not averaged.
+    Losses are divided by counts over all processes, so their gradients add up, they are not averaged. FSDP has summed
+    those of sharded parameters.
     """
-    if world_size() == 1:
+    parameters = [p for p in parameters if not isinstance(p, DTensor)]
+    if world_size() == 1 or not parameters:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.float().flatten() for gradient in gradients])
@@ -66,10 +69,32 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
         parameter.grad = piece.view_as(parameter).to(parameter.dtype) if used else None
 
 
+def clip_gradients(parameters: list[torch.nn.Parameter], limit: float) -> float:
+    """Scale gradients so that the norm of all together is at most the limit.
+
+    Returns:
+        The norm before.
+    """
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    squares = torch.zeros(2, device=device())  # of what is sharded, and of what every process has
+    for gradient in gradients:
+        squares[0 if isinstance(gradient, DTensor) else 1] += _local(gradient).float().square().sum()
+    norm = float((total(squares[:1]) + squares[1:]).sqrt())
+    if norm > limit:
+        torch._foreach_mul_([_local(gradient) for gradient in gradients], limit / (norm + 1e-6))
+    return norm
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def broadcast(parameters: list[torch.nn.Parameter]) -> None:
-    """Give every process the parameters of the first."""
+    """Give every process the parameters of the first; those that are sharded were cut from equal ones."""
     if world_size() > 1:
-        for parameter in parameters:
+        for parameter in [p for p in parameters if not isinstance(p, DTensor)]:
             dist.broadcast(parameter.data, 0)
 
 

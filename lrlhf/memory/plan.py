@@ -58,6 +58,15 @@ class Plan:
             gathered = base.root + 2 * base.largest_layer
             for kind in ("base", "adapters", "heads", "gradients", "optimizer"):
                 kinds[kind] = -(-kinds.get(kind, 0) // job.devices)
+        elif job.gather is not None and not job["lora"] and phase != "load":
+            models = round(kinds["base"] / base.whole)  # whose embeddings and heads are gathered together
+            around = models * base.root + 2 * base.largest_layer
+            if job.gather == "rollout" and phase in ("rollout", "score"):
+                gathered = kinds["base"]
+            else:
+                gathered = 2 * around if phase == "update" else around  # with their gradients, until these are cut
+            for kind in ("base", "gradients", "optimizer"):
+                kinds[kind] = -(-kinds.get(kind, 0) // job.devices)
         elif job.gather is not None and phase != "load":
             kinds["base"] = -(-(kinds["base"] - scales) // job.devices) + scales  # scales are no parameters
             whole = job.gather == "rollout" and phase in ("rollout", "score")

@@ -96,6 +96,8 @@ class Backbone(nn.Module):
         self.synchronised = False
         """Whether every pass is a collective: the base is sharded, and processes must make equally many passes."""
         self.gather: Gather = "rollout"
+        self.sharded = False
+        """Whether FSDP holds the models; what requires a gradient must then stay as it was."""
         self._recomputes = gradient_checkpointing
         if gradient_checkpointing:
             recompute_layers(self.model)
@@ -178,6 +180,8 @@ class Backbone(nn.Module):
         that an optimizer and a checkpoint see them all.
         """
         self._adapters.activate(self.stacks[role] if role else (), cache_factors=cache_factors)
+        if self.sharded and self.lora is None:
+            return  # every role that trains has a model of its own, so none gets another's gradient
         self.requires_grad_(False)
         for parameter in self.trainable(role):
             parameter.requires_grad_(True)
@@ -441,7 +445,9 @@ class Backbone(nn.Module):
             self._adapters.save(self.stacks[role], folder)
         elif role in self._trainable:
             model: Any = self.copies[role] if role in self.copies else self.model
-            model.save_pretrained(folder / "model")
+            # FSDP would shard a gathered model when asked for its state
+            state = {name: p.detach().clone() for name, p in model.named_parameters()} if self.sharded else None
+            model.save_pretrained(folder / "model", state_dict=state)
         if role in self.heads:
             save_file(dict(self.heads[role].state_dict()), folder / "head.safetensors")
 

@@ -58,8 +58,9 @@ def make_shardable(model: Any) -> None:
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.quant_state = module.weight.quant_state
-            module.weight = nn.Parameter(module.weight.data.flatten().view(model.dtype)[:, None], requires_grad=False)
+            weight: Any = module.weight
+            module.quant_state = weight.quant_state
+            module.weight = nn.Parameter(weight.data.flatten().view(model.dtype)[:, None], requires_grad=False)
             module.quant_storage = model.dtype
 
 

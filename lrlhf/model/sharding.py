@@ -1,13 +1,16 @@
-"""Sharding the frozen base over devices (PyTorch's FSDP2): each holds a part and gathers the rest when it is needed.
+"""Sharding models over devices (PyTorch's FSDP2): each holds a part and gathers the rest when it is needed.
 
-Only the base is sharded: it is nearly all of the memory. What trains (adapters, heads, their gradients and optimizer)
-lies whole on every process, and its gradients are summed by `lrlhf.distributed`, as without sharding. So checkpoints,
-clipping and optimizers are those of one device.
+With LoRA only the frozen base is sharded: it is nearly all of the memory. Adapters and heads, their gradients and
+optimizer lie whole on every process, and their gradients are summed by `lrlhf.distributed`, as without sharding.
+
+Without LoRA the models that train are sharded too, with their gradients and optimizer, and FSDP sums their gradients.
+A checkpoint is gathered into one whole file all the same, so that runs move between any numbers of processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import (
@@ -18,8 +21,12 @@ from lightning.pytorch.strategies import (
     Strategy,
     StrategyRegistry,
 )
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrlhf.config import Gather, LoRA, Quantization
@@ -48,15 +55,52 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    # Whatever is saved lies whole on every process, so nothing needs gathering: as under DDP.
+    # A checkpoint is one whole file, as under DDP; what trains and is sharded is gathered for it, tensor by tensor.
     restore_checkpoint_after_setup = ParallelStrategy.restore_checkpoint_after_setup
     lightning_restore_optimizer = ParallelStrategy.lightning_restore_optimizer
-    lightning_module_state_dict = ParallelStrategy.lightning_module_state_dict
-    load_model_state_dict = ParallelStrategy.load_model_state_dict
-    optimizer_state = ParallelStrategy.optimizer_state
-    load_optimizer_state_dict = ParallelStrategy.load_optimizer_state_dict
     save_checkpoint = ParallelStrategy.save_checkpoint
     load_checkpoint = ParallelStrategy.load_checkpoint
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """With the parameters that train whole; the others are in no checkpoint."""
+        module: Any = self.lightning_module
+        trained = module.trained()
+        state = ParallelStrategy.lightning_module_state_dict(self)
+        return {name: _whole(value) if name in trained else value for name, value in state.items()}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Each process takes its part."""
+        module: Any = self.lightning_module
+        trained = module.trained()
+        state = {name: _part(value, trained.get(name)) for name, value in checkpoint["state_dict"].items()}
+        ParallelStrategy.load_model_state_dict(self, {**checkpoint, "state_dict": state}, strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Whole."""
+        return tree_map(_whole, ParallelStrategy.optimizer_state(self, optimizer))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each process takes its part."""
+        states = []
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {
+                i: {name: _part(value, parameters[i]) for name, value in values.items()}
+                for i, values in saved["state"].items()
+            }
+            states.append({**saved, "state": moments})
+        ParallelStrategy.load_optimizer_state_dict(self, {**checkpoint, "optimizer_states": states})
+
+
+def _whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _part(value: Any, like: Tensor | None) -> Any:
+    """This process's part of a tensor that lies like a parameter; anything else as it is."""
+    if isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape:
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2, gathering once a rollout", gather="rollout")
@@ -84,12 +128,10 @@ def check_strategy(strategy: Strategy, lora: LoRA | None, quantize: Quantization
             "FSDP does not shard a base in int8, whose layers keep scales beside their weights; set "
             "model.quantize.kind: nf4, or trainer.strategy: ddp, where each device holds the base whole."
         )
-    if isinstance(strategy, FSDP2Strategy) and lora is None:
-        raise UserError("FSDP shards the frozen base, and with model.lora: null nothing is frozen; use ddp.")
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
-    """Keep this process's part of the base alone: of every layer, and of the rest (embeddings, norm, LM head).
+    """Keep this process's part of the models alone: of every layer, and of the rest (embeddings, norm, LM head).
 
     Args:
         backbone: with its roles.
@@ -112,7 +154,11 @@ def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
     fully_shard(backbone, mesh=mesh, ignored_params=whole)
     for method in ("encode", "scores", "prefill", "next_token_logits", "plain_logits", "drift_of_base"):
         register_fsdp_forward_method(backbone, method)
-    backbone.gather, backbone.synchronised = gather, True
+    for module in backbone.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # losses are divided by counts over all processes
+            module.set_force_sum_reduction_for_comms(True)
+    backbone.gather, backbone.synchronised, backbone.sharded = gather, True, True
 
 
 @contextmanager

@@ -308,7 +308,7 @@ class AlignmentModule(L.LightningModule):
                 total += float(loss.detach())
         distributed.sum_gradients(self.backbone.trainable())
         total = distributed.total_number(total)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.backbone.trainable(), self.max_grad_norm))
+        norm = distributed.clip_gradients(self.backbone.trainable(), self.max_grad_norm)
         for name, number in (("loss", total), ("gradient norm", norm)):
             if not math.isfinite(number):
                 self.refuse_nonfinite(f"the {name} is {number}", "lower the learning rate, or look at the data")

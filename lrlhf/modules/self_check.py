@@ -155,6 +155,8 @@ def check_trainable(backbone: Backbone, trained: Sequence[str]) -> str:
     Raises:
         UserError: one trains that should not, or the other way round.
     """
+    if backbone.sharded and backbone.lora is None:
+        return f"{', '.join(trained)} are sharded models of their own: none gets another's gradient."
     for role in backbone.stacks:
         with backbone.role(role):
             ours = {id(p) for p in backbone.trainable(role)} if role in trained else set()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.strategies import FSDPStrategy
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from lrlhf import LoRA, PPOPolicy, RolloutCallback, UserError
@@ -76,6 +77,8 @@ def assert_same_run(one: Path, other: Path, tolerance: float = TOLERANCE, but: S
 
 
 slow = pytest.mark.slow
+WHOLE = ("--model.init_args.lora", "null", "--model.init_args.optimizer.init_args.lr", "1e-3")
+"""Full fine-tuning."""
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,59 @@ def test_two_processes_with_a_base_in_four_bits_train_what_one_trains(strategy, 
     options = ("--model.init_args.quantize.kind", "nf4")
     one = run(configs["PPOPolicy"], tmp_path / "one", 1, *options)
     assert_same_run(one, run(configs["PPOPolicy"], tmp_path / "two", 2, "--trainer.strategy", strategy, *options))
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        ("PPOPolicy", "fsdp2_by_layer"),
+        pytest.param("SFT", "fsdp2_by_layer", marks=slow),
+        pytest.param("RewardModel", "fsdp2", marks=slow),
+        pytest.param("PPOPolicy", "fsdp2", marks=slow),
+        pytest.param("PPOPolicy", "ddp", marks=slow),
+    ],
+)
+def test_two_processes_train_whole_models_as_one_does(kind, strategy, configs, tmp_path):
+    """Sharded with gradients and optimizer; checkpoint and hand-over are whole."""
+    one = run(configs[kind], tmp_path / "one", 1, *WHOLE)
+    two = run(configs[kind], tmp_path / "two", 2, "--trainer.strategy", strategy, *WHOLE)
+    assert_same_run(one, two, 1e-4)
+    (here, there) = (load_file(folder / "handover/model/model.safetensors") for folder in (one, two))
+    assert here.keys() == there.keys()
+    for name, tensor in here.items():
+        torch.testing.assert_close(there[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategies", [("fsdp2_by_layer", None), (None, "fsdp2_by_layer"), ("fsdp2_by_layer",) * 2])
+def test_whole_models_go_on_in_another_number_of_processes(strategies, configs, tmp_path):
+    """With Adam's moments: from two that were sharded to one, the other way round, and from two to two."""
+    whole, folder = run(configs["PPOPolicy"], tmp_path / "whole", 1, *WHOLE), tmp_path / "run"
+    for epochs, strategy in zip(("1", "2"), strategies, strict=True):
+        spread = ("--trainer.strategy", strategy) if strategy else ()
+        run(configs["PPOPolicy"], folder, 2 if strategy else 1, "--trainer.max_epochs", epochs, *spread, *WHOLE)
+    assert_same_run(whole, folder, 1e-4)
+
+
+class Held(RolloutCallback):
+    """Writes how many numbers of the optimizer each process holds, and how many there are."""
+
+    def on_train_batch_end(self, trainer, policy, *_):
+        states = [t for state in trainer.optimizers[0].state.values() for t in state.values() if isinstance(t, DTensor)]
+        local, full = sum(t.to_local().numel() for t in states), sum(t.numel() for t in states)
+        Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+        (Path(trainer.default_root_dir) / f"held-{trainer.global_rank}.json").write_text(json.dumps([local, full]))
+
+
+def test_a_process_holds_its_part_of_the_optimizer_of_whole_models(configs, tmp_path):
+    values = yaml.safe_load(configs["PPOPolicy"].read_text())
+    values["trainer"]["callbacks"].append({"class_path": f"{__name__}.Held"})
+    (tmp_path / "held.yaml").write_text(yaml.safe_dump(values))
+    short = ("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.strategy", "fsdp2_by_layer")
+    folder = run(tmp_path / "held.yaml", tmp_path / "run", 2, *short, *WHOLE)
+    parts = [json.loads((folder / f"held-{rank}.json").read_text()) for rank in (0, 1)]
+    assert parts[0][1] == parts[1][1] == sum(local for local, _ in parts) > 0
+    assert max(local for local, _ in parts) <= 0.52 * parts[0][1]
 
 
 @pytest.mark.slow
@@ -293,7 +349,6 @@ def test_a_process_holds_its_part_of_the_base_and_all_that_trains(options, share
             ("--data.init_args.batch_size", "9", "--model.init_args.ppo.minibatch_size", "9"),
             "batch_size=9 does not divide",
         ),
-        (("--model.init_args.lora", "null", "--trainer.strategy", "fsdp2"), "with model.lora: null nothing is frozen"),
         (("--trainer.gradient_clip_val", "1.0"), "set model.max_grad_norm instead"),
         (("--model.init_args.quantize.kind", "int8", "--trainer.strategy", "fsdp2"), "does not shard a base in int8"),
     ],
