@@ -90,8 +90,8 @@ def write_study(folder: str | Path, to: str | Path | None = None) -> Path:
     console = Console()
     for heading, *lines in filter(None, study_tables(study)):
         table = Table(title=_text(study.name, "bold"), title_justify="left")
-        for cell in heading:
-            table.add_column(_text(cell), justify="left" if cell == heading[0] else "right")
+        for place, cell in enumerate(heading):
+            table.add_column(_text(cell), justify="right" if place else "left", no_wrap=not place)
         for line in lines:
             table.add_row(*map(_text, line))
         console.print(table)

@@ -15,9 +15,14 @@ from lrlhf.evaluation.estimates import Estimate
 from lrlhf.report.plots import COLORS, Curve, Plot
 
 FILE = "study.json"
-HEADINGS = ("condition", "seeds", "{outcome} reward", "95 % interval", "exact KL a token", "length", "learned", "gold")
-MEANS = (("exact_kl", 4), ("length", 1), ("learned", 3), ("gold", 3))
-"""Columns of trials behind the outcome, with their digits."""
+HEADINGS = ("condition", "seeds", "{outcome} reward", "95 % interval")
+MEANS = (
+    ("exact_kl", "exact KL a token", ".4f"),
+    ("length", "length", ".1f"),
+    ("learned", "learned", ".3f"),
+    ("gold", "gold", ".3f"),
+)
+"""Columns of trials behind the outcome: name, heading, digits; those that were measured and are not the outcome."""
 COMPARED = ("comparison", "seeds", "difference", "95 % interval", "p, corrected", "verdict", "seeds for {effect:g}")
 
 
@@ -78,14 +83,13 @@ def study_tables(study: StudyResults) -> tuple[list[list[str]], list[list[str]]]
     """Lines of conditions, and of comparisons, each under its headings."""
     from lrlhf.evaluation.seeds import corrected, difference, mean_over_seeds, verdict
 
-    lines = [[heading.format(**study.plan) for heading in HEADINGS]]
+    shown = [column for column in MEANS if column[0] in study.trials and column[0] != study.plan["outcome"]]
+    lines = [[*(heading.format(**study.plan) for heading in HEADINGS), *(heading for _, heading, _ in shown)]]
     for name in study.conditions:
         rows = study.trials[study.trials["condition"] == name]
         estimate = mean_over_seeds(study.values(name))
-        means = [
-            rows[column].mean() if column in rows else math.nan for column in ("exact_kl", "length", "learned", "gold")
-        ]
-        lines.append([name, *_told(estimate), *(f"{m:.{d}f}" for m, d in zip(means, (4, 1, 3, 3), strict=True))])
+        means = [f"{rows[column].mean():{digits}}" for column, _, digits in shown]
+        lines.append([name, *_told(estimate), *means])
     compared = [[heading.format(**study.plan) for heading in COMPARED]]
     found = []
     for first, second in study.plan["comparisons"]:
