@@ -120,6 +120,11 @@ def study_notes(study: StudyResults) -> list[str]:
         f"{len(study.trials)} of {wanted} trials are done, {study.trials['seconds'].sum() / 3600:.1f} machine hours.",
         "Intervals and p count seeds and prompts (pigeonhole bootstrap, t distribution over seeds).",
     ]
+    if set(plan["first_seeds"]) != set(plan["seeds"]):
+        notes.append(
+            f"Planned with the seeds {plan['first_seeds']}; others were added when results had been seen, which makes "
+            "small p-values likelier than they say."
+        )
     if count:
         notes.append(
             f"The {count} comparisons were named {when} ({plan['named']}); p is corrected for all of them (Holm)."

@@ -176,7 +176,7 @@ class Job:
 
 
 def register(study: Study, run: Path, trials: list[Trial]) -> None:
-    """Write study.json: the comparisons, and how many trials had been seen when they were named.
+    """Write study.json: the comparisons, how many trials had been seen when they were named, and the first seeds.
 
     Args:
         study: to register.
@@ -194,7 +194,8 @@ def register(study: Study, run: Path, trials: list[Trial]) -> None:
     same = all(before.get(key) == plan[key] for key in ("comparisons", "outcome"))
     seen = before["trials_seen"] if same else sum(trial.is_done() for trial in trials)
     named = before["named"] if same else time.strftime("%Y-%m-%d %H:%M")
-    write_json(path, plan | {"trials_seen": seen, "named": named})
+    first = before.get("first_seeds", study.seeds) if any(trial.is_done() for trial in trials) else study.seeds
+    write_json(path, plan | {"trials_seen": seen, "named": named, "first_seeds": first})
 
 
 def _failure(result: Callable[[], Any]) -> str | None:

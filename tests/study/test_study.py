@@ -121,6 +121,7 @@ def test_done_trials_are_skipped_until_something_they_are_made_of_changes(lab):
     assert len(lab) == first
     command.main(study(seeds=[1, 2, 3]))
     assert [seed for _, _, seed in lab[first:]] == [3, 3]
+    assert "Planned with the seeds [1, 2]; others were added" in " ".join(study_notes(read_study(Path("study"))))
     changed = {"none": {}, "kl": {"rl": {"trainer": {"callbacks+": KL, "max_epochs": 2}}}}
     count = len(lab)
     command.main(study(conditions=changed))
@@ -197,7 +198,9 @@ def write_tables(folder: Path, effect: float, draws: np.random.Generator) -> Non
     folder.mkdir()
     pairs = [["b", "a"], ["c", "a"]]
     plan = {"order": ["a", "b", "c"], "seeds": list(range(8)), "comparisons": pairs, "outcome": "gold", "effect": 0.05}
-    (folder / "study.json").write_text(json.dumps(plan | {"trials_seen": 0, "named": "2026-01-01"}))
+    (folder / "study.json").write_text(
+        json.dumps(plan | {"trials_seen": 0, "named": "2026-01-01", "first_seeds": plan["seeds"]})
+    )
     hard, rows = draws.normal(0, 0.3, 30), []
     for seed in range(8):
         for name in "abc":
