@@ -100,12 +100,12 @@ class DivergenceCallback(RolloutCallback):
         """Subtract the penalty, log it, and move the coefficient if it adapts."""
         mask = rollout.response_mask
         values = measure(policy, rollout, rollout.logprobs, (self.divergence, *self.also_log))
-        penalty = self.coefficient * values[_name(self.divergence)]
+        penalty = self.coefficient * values[name_of(self.divergence)]
         metrics: dict[str, Any] = {
             f"divergence/{name}": masked_mean(value, mask, total) for name, value in values.items()
         }
         rows = total_number(len(rollout))
-        per_response = float(total(values[_name(self.divergence)].sum()) / rows)
+        per_response = float(total(values[name_of(self.divergence)].sum()) / rows)
         metrics |= {"coefficient": self.coefficient, "penalty": self.coefficient * per_response}
         policy.log_dict({f"{stage(trainer)}/{k}": float(v) for k, v in metrics.items()}, batch_size=int(rows))
         if self.controller and trainer.training:
@@ -115,7 +115,7 @@ class DivergenceCallback(RolloutCallback):
     @property
     def state_key(self) -> str:
         """Different for each divergence: Lightning would refuse two callbacks of one key before `setup` can explain."""
-        return self._generate_state_key(divergence=_name(self.divergence))
+        return self._generate_state_key(divergence=name_of(self.divergence))
 
     def state_dict(self) -> dict[str, Any]:
         """The coefficient, which an adaptive run must not forget."""
@@ -140,10 +140,10 @@ def measure(
     """
     exact = [f for f in functions if getattr(f, "over_vocabulary", False)]
     sampled = [f for f in functions if f not in exact]
-    values = dict(zip(map(_name, exact), policy.divergences(sequences, exact), strict=True)) if exact else {}
+    values = dict(zip(map(name_of, exact), policy.divergences(sequences, exact), strict=True)) if exact else {}
     if sampled:
         ref_logprobs = policy.logprobs(sequences, "reference")
-        values |= {_name(f): _on_mask(f, logprobs, ref_logprobs, sequences.response_mask) for f in sampled}
+        values |= {name_of(f): _on_mask(f, logprobs, ref_logprobs, sequences.response_mask) for f in sampled}
     return values
 
 
@@ -152,11 +152,12 @@ def _on_mask(function: Divergence, logprobs: Tensor, ref_logprobs: Tensor, mask:
     values = function(logprobs[mask], ref_logprobs[mask])
     if values.shape != logprobs[mask].shape:
         raise UserError(
-            f"DivergenceCallback: {_name(function)} returned shape {tuple(values.shape)} for "
+            f"DivergenceCallback: {name_of(function)} returned shape {tuple(values.shape)} for "
             f"{tuple(logprobs[mask].shape)} tokens; a divergence over the vocabulary needs @over_vocabulary."
         )
     return logprobs.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def _name(function: Divergence) -> str:
+def name_of(function: Divergence) -> str:
+    """What a divergence is logged as."""
     return getattr(function, "__name__", type(function).__name__)

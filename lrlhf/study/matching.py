@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from tqdm import tqdm
 
 from lrlhf.align.comparison import load_run
-from lrlhf.callbacks.divergence import measure
+from lrlhf.callbacks.divergence import measure, name_of
 from lrlhf.cli.messages import CommandParser
 from lrlhf.errors import UserError
 from lrlhf.functional import exact_kl, kl
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     found = match(
         Path(given.run).expanduser(), given.divergences, given.to, given.coefficient, given.count, given.responses
     )
-    print(f"At an exact KL of {found['exact_kl']:.4f} nats a token, like {_name(given.to)} at {given.coefficient}:")
+    print(f"At an exact KL of {found['exact_kl']:.4f} nats a token, like {name_of(given.to)} at {given.coefficient}:")
     for name, line in found["matched"].items():
         print(f"  {name:24} coefficient {line['coefficient']:<10.4g} pull again {line['pull_again']:.3f} of it")
     if given.out:
@@ -78,25 +78,25 @@ def match(
     data.task, data.val_limit = "prompts", count
     data.setup("validate")
     module.seed = int(config.get("seed_everything") or 0)
-    functions = list({_name(f): f for f in (to, *divergences, exact_kl)}.values())
+    functions = list({name_of(f): f for f in (to, *divergences, exact_kl)}.values())
     first, again = (_means(module, data, functions, draws, responses) for draws in ("match", "match again"))
     if bad := [name for name, mean in first.items() if not mean > 0]:
         raise UserError(
             f"match: the mean of {', '.join(bad)} is not positive over the responses of {run}; take a policy that has "
             "drifted further, or more prompts."
         )
-    aim, aim_again = first[_name(to)], again[_name(to)]
+    aim, aim_again = first[name_of(to)], again[name_of(to)]
     matched = {}
-    for name in map(_name, divergences):
+    for name in map(name_of, divergences):
         found = coefficient * aim / first[name]
         pull = found * again[name] / (coefficient * aim_again)
         matched[name] = {"mean": first[name], "coefficient": found, "pull_again": pull}
-    return {"exact_kl": first["exact_kl"], "to": _name(to), "coefficient": coefficient, "matched": matched}
+    return {"exact_kl": first["exact_kl"], "to": name_of(to), "coefficient": coefficient, "matched": matched}
 
 
 def _means(module: Any, data: Any, functions: Sequence[Divergence], draws: str, responses: int) -> dict[str, float]:
     """Of each divergence per token, over responses of the policy."""
-    sums, tokens = dict.fromkeys(map(_name, functions), 0.0), 0
+    sums, tokens = dict.fromkeys(map(name_of, functions), 0.0), 0
     batches = (batch for _ in range(responses) for batch in data.val_dataloader())
     for number, batch in enumerate(tqdm(batches, desc=draws, total=responses * len(data.val_dataloader()))):
         sequences = Sequences(batch.prompt_ids, batch.prompt_mask, *module.sample(batch, "policy", draws, number))
@@ -104,7 +104,3 @@ def _means(module: Any, data: Any, functions: Sequence[Divergence], draws: str, 
             sums[name] += float(values.sum())
         tokens += int(sequences.response_mask.sum())
     return {name: value / tokens for name, value in sums.items()}
-
-
-def _name(function: Divergence) -> str:
-    return getattr(function, "__name__", type(function).__name__)
