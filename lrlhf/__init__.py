@@ -10,6 +10,7 @@ _HOMES = {
     "RewardModel": "lrlhf.modules",
     "RewardEnsemble": "lrlhf.modules",
     "PPOPolicy": "lrlhf.modules",
+    "PaperPPO": "lrlhf.modules",
     "RLOO": "lrlhf.modules",
     "GRPO": "lrlhf.modules",
     "DPO": "lrlhf.modules",

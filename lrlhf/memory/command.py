@@ -80,6 +80,8 @@ def read(cli: ConfigCLI, *, gpu: bool = False, four_models: bool = False) -> Job
     if not kind.trains:
         raise UserError(f"plan: {kind.__name__} trains nothing; a plan is of a training run.")
     settings = model["init_args"]
+    if settings.get("defects"):
+        raise UserError("plan: it does not know what model.defects need; plan lrlhf.PPOPolicy instead.")
     for key in ("max_prompt_tokens", "max_response_tokens", "batch_size"):
         if not isinstance(data.get(key), int):
             raise UserError(f"data.init_args.{key} must be set: what a run needs depends on it.")

@@ -207,6 +207,23 @@ class Backbone(nn.Module):
         states = self._states(sequences, ids, (mask & ~last_true(mask))[:, :-1])
         return states[:, : mask.shape[1]]
 
+    def encode_padded(self, sequences: Sequences, pad_id: int) -> Tensor:
+        """Hidden states [B, R, H] as of `encode`, off the mask too: padding runs, and only padding looks at itself.
+
+        For replicas of code that lets padding count.
+
+        Args:
+            sequences: prompts with their responses.
+            pad_id: the token that stands at padding.
+        """
+        mask = sequences.mask[:, :-1]
+        ids = sequences.ids[:, :-1].masked_fill(~mask, pad_id)
+        with self._compute_type():
+            output = trunk(self._current())(
+                input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+            )
+        return output.last_hidden_state[:, sequences.prompt_ids.shape[1] - 1 :]
+
     def _states(self, sequences: Sequences, response_ids: Tensor, response_mask: Tensor) -> Tensor:
         """Hidden states [B, N + 1, H] from the last prompt token on, of prompts [B, P] and responses [B, N].
 

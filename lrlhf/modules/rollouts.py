@@ -46,6 +46,8 @@ class RolloutModule(PolicyModule):
     task = "prompts"
     experience_type: ClassVar[type[Experience]] = Experience
     """What the policy learns from."""
+    dropout_in_updates: bool = False
+    """Never in our methods: the first ratio would not be 1."""
 
     def __init__(
         self,
@@ -229,7 +231,7 @@ class RolloutModule(PolicyModule):
             order = generator(self.seed, "minibatches", self.iteration, epoch)
             for minibatch in self.select(experience).minibatches(settings.minibatch_size, order, rank(), world_size()):
                 step = Means()
-                with self.backbone.training_pass(dropout=False):
+                with self.backbone.training_pass(dropout=self.dropout_in_updates):
                     metrics = self.optimization_step(self.losses(minibatch, step, means))
                 for name, value in metrics.items():
                     means.add(name, torch.tensor([value]))
