@@ -221,7 +221,10 @@ class AlignmentCLI(LightningCLI):
             config["ckpt_path"] = str(newest)
 
     def _newest(self, run: Path) -> Path | None:
-        """Of our own checkpoints, or the one that Lightning's callback keeps for another module."""
+        """Of our own checkpoints, fetched if they are elsewhere; or the one that Lightning keeps for another module."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoints) and callback.mirror:
+                callback.mirror.fetch(run)
         if isinstance(self.model, AlignmentModule):
             return newest_checkpoint(run)
         last = run / FOLDER / "last.ckpt"

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lrlhf.config import TwoOrMore, check_ranges
 from lrlhf.distributed import any_process, gather_objects, rank, world_size
 from lrlhf.errors import UserError
+from lrlhf.run.mirror import Mirror
 from lrlhf.run.state import DeferredSignals, random_state, set_random_state
 
 FOLDER = "checkpoints"
@@ -37,6 +38,8 @@ class Checkpoints(Checkpoint):
         keep: number of newest checkpoints to keep, at least 2: if one is damaged there is another.
         monitor: a metric of validation by which best.ckpt is kept, e.g. val/accuracy; None keeps none.
         mode: whether a smaller or a larger value of `monitor` is better.
+        mirror: where the run folder is copied to after each checkpoint, such as s3://bucket/run; `fit` in a folder
+            without checkpoints begins by fetching it.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class Checkpoints(Checkpoint):
         keep: TwoOrMore = 2,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "max",
+        mirror: str | None = None,
     ):
         self.every, self.keep, self.monitor, self.mode = every, keep, monitor, mode
         check_ranges(self)
+        self.mirror = Mirror(mirror) if mirror else None
         self.best: float | None = None
         self._random: dict[str, Any] | None = None
         self._signals = DeferredSignals()
@@ -71,8 +76,17 @@ class Checkpoints(Checkpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals; tell Lightning that nothing of the saved iteration is left to do."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Take the signals; tell Lightning that nothing of the saved iteration is left to do.
+
+        Raises:
+            UserError: a run that starts anew, and a mirror that holds another.
+        """
+        if self.mirror and not pl_module.iteration and self.mirror.checkpoints():
+            raise UserError(
+                f"{self.mirror.url} holds the checkpoints of a run, and this one starts anew; remove them, or choose "
+                "another Checkpoints.mirror."
+            )
         self._signals.take()
         if trainer.fit_loop.restarting:
             trainer.fit_loop.epoch_loop.reset_restart_stage()
@@ -104,8 +118,10 @@ class Checkpoints(Checkpoint):
         self._save(trainer, pl_module.iteration, True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Give the signals back; copy what was handed over."""
         self._signals.release()
+        if stage == "fit" and trainer.train_dataloader is not None:
+            self._push(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
@@ -125,6 +141,11 @@ class Checkpoints(Checkpoint):
             if trainer.is_global_zero:
                 for old in all_checkpoints(run)[self.keep :]:
                     old.unlink()
+            self._push(trainer)
+
+    def _push(self, trainer: L.Trainer) -> None:
+        if self.mirror and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.mirror.push(Path(trainer.default_root_dir))
 
     def _is_better(self, value: float) -> bool:
         return self.best is None or (value > self.best if self.mode == "max" else value < self.best)
