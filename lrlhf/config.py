@@ -137,6 +137,9 @@ class Sampling:
     tokenizer and its chat template end with. What the prompt template ends a response with always ends one."""
     batch_size: PositiveInt = 64
     """Prompts answered together, per device. Memory only: the key-value cache grows with it."""
+    engine: Literal["dynamic", "static"] = "dynamic"
+    """dynamic: the cache grows, and rows leave when they have ended; least work. static: fixed shapes, captured once as
+    a CUDA graph and replayed for every token, for GPUs that wait for launches. The same draws."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

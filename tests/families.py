@@ -288,7 +288,7 @@ def measure(folder: str, work: Path, dtype: str = "float32", quantize: Quantizat
         while len(said) < len(prompt) + length and (len(said) == len(prompt) or said[-1] != 2):
             said = torch.cat([said, plain_logprobs(plain, said)[-1:].argmax(-1)])
         greedy += said[len(prompt) :].tolist() == answers[i][ended[i]].tolist()
-    runs = "by length" if backbone.by_length else "packed" if backbone._runs_packed() else "padded"
+    runs = "by length" if backbone.by_length else "packed" if backbone.packs() else "padded"
     off, ratio = torch.cat(differences), float((update - ours).abs().max())
     return Measured(float(off.max()), ratio, greedy, runs, len(layers) // 2, float(off.mean()))
 

@@ -1,4 +1,8 @@
-"""fp32 matrix products for CPUs with AVX-512, by oneDNN: PyTorch's own library runs half as fast on AMD processors."""
+"""fp32 matrix products on CPUs by oneDNN, where PyTorch's own library runs half as fast on AMD processors.
+
+With AVX-512 that is everywhere. With AVX2 it is where the weight does not fit the cache: the LM head, and the layers of
+a 7B model.
+"""
 
 from typing import Any
 
@@ -8,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from lrlhf.kernels.operators import LINEAR
 
-AVAILABLE = (
-    LINEAR is not None
-    and torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-)
-"""Whether this processor gains by it; elsewhere PyTorch's products are used."""
+AVAILABLE = LINEAR is not None and torch.backends.mkldnn.is_available()
+"""Whether there is oneDNN's product."""
+EVERYWHERE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether this processor gains by it whatever the shape."""
+LARGE = 2**22
+"""Numbers in a weight, 16 MiB, from which others gain too, in the forward pass."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., O] in the dtype of `x`.
     """
-    ours = AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    ours = AVAILABLE and (EVERYWHERE or weight.numel() >= LARGE)
+    ours = ours and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
     if not ours or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
     product = _Linear.apply(x, weight) if torch.is_grad_enabled() else _product(x, weight)
@@ -49,8 +54,9 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x = _product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        product = _product if EVERYWHERE else torch.nn.functional.linear
+        grad_x = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = _product(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
+            grad_weight = product(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
         return grad_x, grad_weight

@@ -242,7 +242,7 @@ class Backbone(nn.Module):
         with self._compute_type():
             if self.by_length:
                 return _states_by_length(decoder, ids, mask)[:, last_prompt:]
-            if not self._runs_packed() or (not prefix and mask.all()):
+            if not self.packs() or (not prefix and mask.all()):
                 output = decoder(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
                 return output.last_hidden_state[:, last_prompt:]
             begin = _first_column(sequences.prompt_mask) + prefix  # no row has anything but prefix and padding before
@@ -256,7 +256,8 @@ class Backbone(nn.Module):
             )
         return unpack(output.last_hidden_state, prefix, behind)[:, last_prompt - begin :]
 
-    def _runs_packed(self) -> bool:
+    def packs(self) -> bool:
+        """Whether rows run packed in the current role: full attention in every layer, by our kernel."""
         return self._stays_packed and supports_packing(self._current())
 
     def _worth_sharing(self, prompt_ids: Tensor, prompt_mask: Tensor) -> int:
@@ -264,7 +265,7 @@ class Backbone(nn.Module):
 
         0 if that saves fewer than WORTH_SHARING tokens, and in train mode, where dropout differs from row to row.
         """
-        if self.training or not self._runs_packed():
+        if self.training or not self.packs():
             return 0
         prefix = shared_prefix(prompt_ids, prompt_mask)
         return prefix if prefix * (len(prompt_ids) - 1) >= WORTH_SHARING else 0
@@ -276,7 +277,7 @@ class Backbone(nn.Module):
         passes.
         """
         everything = torch.arange(len(prompt_ids), device=prompt_ids.device)
-        if self.synchronised or self.training or len(prompt_ids) < 2 or not self._runs_packed():
+        if self.synchronised or self.training or len(prompt_ids) < 2 or not self.packs():
             return [everything]
         prompts, lengths = equal_prompts(prompt_ids, prompt_mask), prompt_mask.sum(1)
         groups = [rows for number in range(int(prompts.max()) + 1) for rows in [everything[prompts == number]]]
@@ -334,7 +335,7 @@ class Backbone(nn.Module):
 
         Args:
             ids: [B, N] int64, new tokens.
-            mask: [B, S] bool, over cached and new tokens.
+            mask: [B, S] bool, over cached and new tokens; or [B, 1, N, S] bool, which token may look at which.
             positions: [B, N] int64, of the new tokens.
             cache: of `prefill`; changed in place.
 
@@ -349,7 +350,7 @@ class Backbone(nn.Module):
                 return self.lm_head(output.last_hidden_state[:, -1])
             output = decoder(
                 input_ids=ids,
-                attention_mask=mask.long(),
+                attention_mask=mask.long() if mask.ndim == 2 else mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,

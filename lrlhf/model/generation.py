@@ -11,6 +11,7 @@ from lrlhf import distributed
 from lrlhf.config import Sampling
 from lrlhf.functional import equally_long, response_mask
 from lrlhf.model.backbone import Backbone
+from lrlhf.model.decoding import Decoder, StaticDecoder
 
 
 def choose(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
@@ -117,22 +118,22 @@ def sample_responses(
     rows, device = len(prompt_ids), prompt_ids.device
     tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
     active = torch.arange(rows, device=device)
-    ids, mask, positions, cache = backbone.prefill(prompt_ids, prompt_mask, group_size)
+    ids, *prefilled = backbone.prefill(prompt_ids, prompt_mask, group_size)
+    static = sampling.engine == "static"
+    decoder = StaticDecoder(backbone, *prefilled, sampling.max_new_tokens) if static else Decoder(backbone, *prefilled)
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     for step in range(sampling.max_new_tokens):
-        logits = backbone.next_token_logits(ids, mask, positions, cache)
-        chosen = choose(logits, uniforms[active, step], sampling)
+        chosen = choose(decoder(ids), uniforms[active, step], sampling)
         tokens[active[alive], step] = chosen[alive]
         alive = alive & ~torch.isin(chosen, stop_ids)
         unfinished = bool(alive.any())
         if not (distributed.any_process(unfinished) if backbone.synchronised else unfinished):
             break
-        if unfinished and alive.sum() <= 0.75 * len(alive) and not backbone.by_length:
+        if unfinished and alive.sum() <= 0.75 * len(alive):
             keep = alive.nonzero().squeeze(-1)
-            cache.batch_select_indices(keep)
-            active, chosen, mask, positions, alive = (x[keep] for x in (active, chosen, mask, positions, alive))
-        ids, positions = chosen[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            if decoder.keep(keep):
+                active, chosen, alive = (x[keep] for x in (active, chosen, alive))
+        ids = chosen[:, None]
     tokens = tokens[:, : step + 1]
     ended = response_mask(tokens, stop_ids)
     return tokens.masked_fill(~ended, 0), ended
@@ -151,14 +152,14 @@ def stream_tokens(
         stop_ids: [S] int64, the tokens that end a response.
         uniforms: [1, max_new_tokens] in [0, 1).
     """
-    ids, mask, positions, cache = backbone.prefill(prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool))
+    ids, *prefilled = backbone.prefill(prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool))
+    decoder = Decoder(backbone, *prefilled)
     for step in range(sampling.max_new_tokens):
-        chosen = choose(backbone.next_token_logits(ids, mask, positions, cache), uniforms[:, step], sampling)
+        chosen = choose(decoder(ids), uniforms[:, step], sampling)
         yield int(chosen)
         if torch.isin(chosen, stop_ids):
             return
-        ids, positions = chosen[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        ids = chosen[:, None]
 
 
 def _by_length(

@@ -152,7 +152,15 @@ def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     fully_shard(backbone, mesh=mesh, ignored_params=whole)
-    for method in ("encode", "scores", "prefill", "next_token_logits", "plain_logits", "drift_of_base"):
+    for method in (
+        "encode",
+        "encode_padded",
+        "scores",
+        "prefill",
+        "next_token_logits",
+        "plain_logits",
+        "drift_of_base",
+    ):
         register_fsdp_forward_method(backbone, method)
     for module in backbone.modules():
         if isinstance(module, FSDPModule):

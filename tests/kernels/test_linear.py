@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lrlhf.kernels import linear as module
 from lrlhf.kernels.linear import linear
 
 SUMS_OF_40 = 1e-5
@@ -62,3 +63,20 @@ def test_another_type_and_no_rows_at_all_are_left_to_pytorch(tensors):
         assert result.dtype == dtype
         assert torch.equal(result, expected)
     assert linear(x[:0], weight, bias).shape == (0, 5, 7)
+
+
+@pytest.mark.skipif(not module.AVAILABLE, reason="this build of PyTorch has no oneDNN")
+def test_without_avx512_large_weights_alone_take_onednn(monkeypatch):
+    monkeypatch.setattr(module, "EVERYWHERE", False)
+    monkeypatch.setattr(module, "LARGE", 300)
+    torch.manual_seed(0)
+    for rows, used in ((7, 0), (8, 1)):
+        x, weight = torch.randn(3, 40, requires_grad=True), torch.randn(rows, 40, requires_grad=True)
+        with torch.profiler.profile() as record:
+            result = linear(x, weight)
+            result.square().sum().backward()
+        assert sum(e.count for e in record.key_averages() if e.key == "mkldnn::_linear_pointwise") == used
+        twice = [t.detach().double().requires_grad_() for t in (x, weight)]
+        (twice[0] @ twice[1].T).square().sum().backward()
+        for single, double in zip((x, weight), twice, strict=True):
+            torch.testing.assert_close(single.grad.double(), double.grad, atol=1e-3, rtol=1e-5)

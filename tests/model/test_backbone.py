@@ -22,7 +22,7 @@ from transformers import (
 
 from lrlhf.config import LoRA
 from lrlhf.functional import token_statistics
-from lrlhf.kernels.linear import AVAILABLE
+from lrlhf.kernels.linear import AVAILABLE, EVERYWHERE
 from lrlhf.kernels.low_rank import add_low_rank
 from lrlhf.model.adapters import AdaptedLinear, concatenate
 from lrlhf.model.backbone import Backbone
@@ -362,7 +362,7 @@ def test_a_preamble_runs_once_and_neither_padding_nor_last_tokens_run(backbone, 
     assert tokens_through(backbone, "policy", batch) == 30 + prompts + responses
     monkeypatch.setattr(Backbone, "_worth_sharing", lambda *_: 0)
     assert tokens_through(backbone, "policy", batch) == 4 * 30 + prompts + responses
-    monkeypatch.setattr(Backbone, "_runs_packed", lambda *_: False)
+    monkeypatch.setattr(Backbone, "packs", lambda *_: False)
     assert tokens_through(backbone, "policy", batch) == 4 * (3 + 30 + 4 + 3)
 
 
@@ -391,7 +391,7 @@ def test_packing_changes_neither_states_nor_gradients(backbone, monkeypatch, rol
     for shared, packed in ((30, True), (0, True), (0, False)):
         assert shared in (0, backbone._worth_sharing(batch.prompt_ids, batch.prompt_mask))
         monkeypatch.setattr(backbone, "_worth_sharing", lambda *_, shared=shared: shared)
-        monkeypatch.setattr(backbone, "_runs_packed", lambda packed=packed: packed)
+        monkeypatch.setattr(backbone, "packs", lambda packed=packed: packed)
         with backbone.role(role), backbone.training_pass(dropout=False):
             hidden = backbone.encode(batch)
             inputs = backbone.trainable(role)[: -2 if role == "critic" else None]
@@ -540,7 +540,7 @@ def test_gated_layers_keep_less_on_any_device(tiny_llama, device):
     assert set(kinds) == {"GatedMLP"}
 
 
-@pytest.mark.skipif(not AVAILABLE, reason="this processor gains nothing by it")
+@pytest.mark.skipif(not (AVAILABLE and EVERYWHERE), reason="this processor gains nothing by it")
 def test_every_product_of_an_fp32_base_is_ours(backbone):
     with torch.profiler.profile() as record, backbone.role("policy"), torch.no_grad():
         backbone.lm_head(backbone.encode(sequences(left=3)))
