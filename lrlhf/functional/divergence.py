@@ -66,6 +66,11 @@ def clamped_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return kl(logprobs, ref_logprobs).clamp(min=0)
 
 
+def negative_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """d = -delta. E_p[d] = -KL(p||q): a bonus for moving away, the control in arXiv 2309.09055. No regulariser."""
+    return ref_logprobs - logprobs
+
+
 def squared_error(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """d = delta^2 / 2 >= 0. Biased, agrees with KL(p||q) to second order; low variance.
 

@@ -118,7 +118,8 @@ class StaticStep:
         self.mask[:, 0, 0, : mask.shape[1]] = mask
         self.cache = StaticCache(config=text_config(backbone.model), max_cache_len=length)
         held = mask.shape[1] - 1
-        for fixed, layer in zip(self.cache.layers, cache.layers, strict=True):
+        layers: Any = zip(self.cache.layers, cache.layers, strict=True)
+        for fixed, layer in layers:
             fixed.lazy_initialization(layer.keys, layer.values)
             fixed.keys[:, :, :held], fixed.values[:, :, :held] = layer.keys[:, :, :held], layer.values[:, :, :held]
             fixed.cumulative_length.fill_(held)
@@ -150,7 +151,8 @@ class StaticStep:
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Mask, positions and cache of these rows [N] int64, as they are given to another StaticStep."""
-        for layer in self.cache.layers:
+        layers: Any = self.cache.layers
+        for layer in layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         mask = self.mask[rows, 0, 0, : int(self.column) + 1]
         mask[:, -1] = True

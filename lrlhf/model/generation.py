@@ -118,9 +118,11 @@ def sample_responses(
     rows, device = len(prompt_ids), prompt_ids.device
     tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=device)
     active = torch.arange(rows, device=device)
-    ids, *prefilled = backbone.prefill(prompt_ids, prompt_mask, group_size)
-    static = sampling.engine == "static"
-    decoder = StaticDecoder(backbone, *prefilled, sampling.max_new_tokens) if static else Decoder(backbone, *prefilled)
+    ids, mask, positions, cache = backbone.prefill(prompt_ids, prompt_mask, group_size)
+    if sampling.engine == "static":
+        decoder: Decoder = StaticDecoder(backbone, mask, positions, cache, sampling.max_new_tokens)
+    else:
+        decoder = Decoder(backbone, mask, positions, cache)
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     for step in range(sampling.max_new_tokens):
         chosen = choose(decoder(ids), uniforms[active, step], sampling)

@@ -245,3 +245,12 @@ def test_of_a_policy_that_moved_it_is_the_divergence_between_both_at_every_token
     expected = -0.3 * oracle(p, q, sampled.response_ids) * sampled.response_mask
     assert expected.abs().max() > 1e-3
     torch.testing.assert_close(shaped.double(), expected, atol=1e-6, rtol=1e-4)  # fp32 log-probs
+
+
+@pytest.mark.parametrize("target", [2e-6, 0.5, 6.0, 400.0])
+def test_the_paper_s_clamp_of_the_kl_moves_no_coefficient(target):
+    """Its controller gets a KL clamped to 1e-6 .. 500; the clip of the relative error hides that."""
+    controller = AdaptiveCoefficient(target=target)
+    for divergence in (-3.0, 0.0, 1e-9, 1e-6, 0.3, 6.0, 499.0, 501.0, 1e6):
+        clamped = min(max(divergence, 1e-6), 500.0)
+        assert controller.next(0.02, divergence) == controller.next(0.02, clamped)

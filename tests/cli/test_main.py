@@ -22,6 +22,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_lines_of_ever_new_lengths_do_not_fill_memory_with_kernels():
     fresh = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}

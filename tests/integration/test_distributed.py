@@ -102,12 +102,11 @@ def test_two_processes_train_what_one_trains(kind, strategy, configs, alone, tmp
     [
         ("RLOO", "ddp"),
         ("DPO", "fsdp2"),
-        ("RewardEnsemble", "ddp"),
         *(
             pytest.param(method, strategy, marks=slow)
             for method in METHODS
             for strategy in STRATEGIES
-            if (method, strategy) not in [("RLOO", "ddp"), ("DPO", "fsdp2"), ("RewardEnsemble", "ddp")]
+            if (method, strategy) not in [("RLOO", "ddp"), ("DPO", "fsdp2")]
         ),
     ],
 )
@@ -119,7 +118,9 @@ def test_two_processes_train_by_a_method_what_one_trains(method, strategy, confi
     assert_same_run(one, two, tolerance=1e-4, but=["train/accuracy"] if method == "DPO" else [])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", ["fsdp2", pytest.param("ddp", marks=slow), pytest.param("fsdp2_by_layer", marks=slow)]
+)
 def test_two_processes_with_a_base_in_four_bits_train_what_one_trains(strategy, configs, tmp_path):
     options = ("--model.init_args.quantize.kind", "nf4")
     one = run(configs["PPOPolicy"], tmp_path / "one", 1, *options)
@@ -197,6 +198,7 @@ def test_torchrun_starts_the_processes(configs, alone, tmp_path):
     assert_same_run(alone["SFT"], folder)
 
 
+@pytest.mark.slow
 def test_lightning_starts_the_processes_itself(configs, alone, tmp_path):
     folder = tmp_path / "run"
     command = [
@@ -322,7 +324,10 @@ def held(backbone) -> int:
     return sum(p.numel() * p.element_size() for p in local)
 
 
-@pytest.mark.parametrize(("options", "share"), [((), 0.75), (("--model.init_args.quantize.kind", "nf4"), 0.9)])
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [((), 0.75), pytest.param(("--model.init_args.quantize.kind", "nf4"), 0.9, marks=slow)],
+)
 def test_a_process_holds_its_part_of_the_base_and_all_that_trains(options, share, configs, tmp_path):
     values = yaml.safe_load(configs["PPOPolicy"].read_text())
     values["trainer"]["callbacks"].append({"class_path": f"{__name__}.Bytes"})

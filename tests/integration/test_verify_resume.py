@@ -46,6 +46,7 @@ def test_a_config_that_resumes_exactly_is_told_so(config, tmp_path, capsys):
     assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_callback_that_forgets_its_generator_is_found(config, tmp_path, capsys):
     values = yaml.safe_load(config.read_text())
     values["trainer"]["callbacks"].append({"class_path": "tests.integration.test_verify_resume.Forgetful"})

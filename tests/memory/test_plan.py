@@ -95,12 +95,12 @@ def test_static_bytes_are_a_count_by_hand(llama):
 
 QUICK = [
     {"prompt": 48, "response": 80, "gradient_checkpointing": True},
-    {"dtype": "bfloat16"},
     {"lora": None, "sft": None, "gradient_checkpointing": True},
     {"reward_model": None, "reward_function": "lrlhf.rewards.vader_sentiment"},
 ]
 OTHERS = [
     {},
+    {"dtype": "bfloat16"},
     {"gradient_checkpointing": True},
     {"prompt": 48, "response": 80},
     {"micro_batch_size": 2},
@@ -151,7 +151,7 @@ def test_the_plan_is_within_a_tenth_of_the_measured_peak(llama, settings):
         assert plan.counted(phase) == pytest.approx(size, rel=0.1)
 
 
-@pytest.mark.parametrize("stage", ["SFT", "RewardModel", "RewardEnsemble", "DPO"])
+@pytest.mark.parametrize("stage", ["SFT", "RewardModel", "DPO", pytest.param("RewardEnsemble", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "settings",
     [{}, pytest.param({"gradient_checkpointing": True, "dtype": "bfloat16"}, marks=pytest.mark.slow)],
@@ -176,12 +176,13 @@ def test_so_is_that_of_the_stages_without_rollouts(llama, stage, settings):
     assert set(measured) == {"update"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
         ("GRPO", {"updates": {"minibatch_size": 16}, "divergence_coefficient": 0.04}),
-        pytest.param("RLOO", {"updates": {"minibatch_size": 16}}, marks=pytest.mark.slow),
-        pytest.param("ExpertIteration", {"minibatch_size": 4}, marks=pytest.mark.slow),
+        ("RLOO", {"updates": {"minibatch_size": 16}}),
+        ("ExpertIteration", {"minibatch_size": 4}),
     ],
 )
 def test_so_is_that_of_the_methods_with_groups(llama, method, settings):

@@ -198,7 +198,7 @@ def bandit(tmp_path, base, kind, beta, callbacks=True, **settings):
     ("kind", "callbacks", "settings"),
     [
         (RLOO, True, {}),
-        (GRPO, True, {"scale_advantages": False, "average": "constant"}),
+        pytest.param(GRPO, True, {"scale_advantages": False, "average": "constant"}, marks=pytest.mark.slow),
         (
             GRPO,
             False,

@@ -208,7 +208,9 @@ def test_the_penalised_divergence_is_the_one_of_the_config():
     assert penalised_divergence({}, {}) is None
 
 
-@pytest.mark.parametrize("text", ["", "trainer: [", "3", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["trainer: [", *(pytest.param(text, marks=pytest.mark.slow) for text in ("", "3", "\x00"))]
+)
 def test_a_config_that_cannot_be_read_costs_no_report(tmp_path, text):
     run = make_run(tmp_path / "run")
     write_all_metrics(run)

@@ -212,6 +212,7 @@ def write_tables(folder: Path, effect: float, draws: np.random.Generator) -> Non
     means.assign(learned=1.0, length=9.0, exact_kl=0.1, seconds=1.0).to_csv(folder / "trials.csv", index=False)
 
 
+@pytest.mark.slow
 def test_a_simulated_study_finds_the_effect_that_there_is_and_not_the_one_that_there_is_not(tmp_path):
     draws, words = np.random.default_rng(0), []
     for number in range(40):
