@@ -25,6 +25,8 @@ RANGES: dict[Any, type] = {
 """Types of numbers with a range, each with the plain type of what lies in it."""
 
 DType = Literal["float32", "bfloat16", "float16"]
+Engine = Literal["dynamic", "static"]
+"""How responses are sampled (see `lrlhf.model.decoding`)."""
 Gather = Literal["rollout", "layer"]
 """When passes without gradient get the parts of a sharded base (see `lrlhf.model.sharding`)."""
 
@@ -137,7 +139,7 @@ class Sampling:
     tokenizer and its chat template end with. What the prompt template ends a response with always ends one."""
     batch_size: PositiveInt = 64
     """Prompts answered together, per device. Memory only: the key-value cache grows with it."""
-    engine: Literal["dynamic", "static"] = "dynamic"
+    engine: Engine = "dynamic"
     """dynamic: the cache grows, and rows leave when they have ended; least work. static: fixed shapes, captured once as
     a CUDA graph and replayed for every token, for GPUs that wait for launches. The same draws."""
 

@@ -133,7 +133,7 @@ def brevity(prompts: list[str], responses: list[str]) -> Tensor:
 
 
 def numbers(place: Workplace) -> list[str]:
-    """Log-probs and greedy samples of the engine beside the model's own pass, in every kind of base.
+    """Log-probs and greedy samples of both engines beside the model's own pass, in every kind of base.
 
     The base in fp32 on the processor, run as plain transformers run it, is what all are compared with.
     """
@@ -149,7 +149,9 @@ def numbers(place: Workplace) -> list[str]:
             backbone.add_role("reference")
             backbone.add_role("policy", ("policy",), trainable=True)
         allowed, stop = rounding(dtype, quantize), torch.tensor([2], device=place.device)
-        said = check_passes(backbone, "policy", unequal_rows(rows).to(place.device), stop, allowed)
+        text = unequal_rows(rows).to(place.device)
+        check_passes(backbone, "policy", text, stop, allowed, "static")
+        said = check_passes(backbone, "policy", text, stop, allowed)
         logits = {}
         for role in ("policy", "reference"):
             with backbone.role(role):

@@ -240,7 +240,8 @@ class AlignmentModule(L.LightningModule):
             UserError: they differ by more than rounding.
         """
         text = unequal_rows(getattr(batch, "chosen", batch))
-        return [check_passes(self.backbone, self.role, text, self.stop_ids, rounding(self.dtype_name, self.quantize))]
+        allowed, engine = rounding(self.dtype_name, self.quantize), self.sampling.engine
+        return [check_passes(self.backbone, self.role, text, self.stop_ids, allowed, engine)]
 
     def on_train_start(self) -> None:
         """Give every process its own random numbers for dropout from here on; until now all had the same."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lrlhf.config import Quantization, Sampling
+from lrlhf.config import Engine, Quantization, Sampling
 from lrlhf.errors import UserError
 from lrlhf.functional import token_statistics
 from lrlhf.model.backbone import Backbone
@@ -49,7 +49,9 @@ def rounding(dtype: str, quantize: Quantization | None) -> float:
 
 
 @torch.no_grad()
-def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tensor, allowed: float) -> str:
+def check_passes(
+    backbone: Backbone, role: str, text: Sequences, stop_ids: Tensor, allowed: float, engine: Engine = "dynamic"
+) -> str:
     """Rows of unequal length through the engine, and one by one, unpadded, through the model's own forward pass.
 
     1. Log-probs of the responses agree, in the role that the stage trains.
@@ -61,6 +63,7 @@ def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tenso
         text: of `unequal_rows`.
         stop_ids: [S] int64, the tokens that end a response.
         allowed: `rounding` of the base.
+        engine: that samples.
 
     Raises:
         UserError: they differ by more than `allowed`.
@@ -73,7 +76,7 @@ def check_passes(backbone: Backbone, role: str, text: Sequences, stop_ids: Tenso
             backbone,
             text.prompt_ids,
             text.prompt_mask,
-            sampling=Sampling(max_new_tokens=SAMPLED, temperature=0),
+            sampling=Sampling(max_new_tokens=SAMPLED, temperature=0, engine=engine),
             stop_ids=stop_ids.to(text.prompt_ids.device),
             uniforms=text.prompt_ids.new_zeros(ROWS, SAMPLED),
         )

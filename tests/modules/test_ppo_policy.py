@@ -175,6 +175,17 @@ def test_a_fit_changes_only_the_policy_the_critic_and_its_head(tmp_path, tiny_ll
     )
 
 
+def test_both_sampling_engines_train_the_same_policy(tmp_path, tiny_llama, data_files):
+    found = []
+    for engine in ("dynamic", "static"):
+        torch.manual_seed(0)
+        module = ending_often(tiny_llama, sampling=Sampling(max_new_tokens=8, engine=engine))
+        recorder = fit(tmp_path, module, prompt_data(tiny_llama, data_files))
+        found.append((recorder.rollouts[1].response_ids, module.backbone.trainable()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
 def test_critic_warmup_leaves_the_policy_alone(tmp_path, tiny_llama, data_files):
     module = ppo(tiny_llama, critic_warmup=2)
     module.configure_model()

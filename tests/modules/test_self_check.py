@@ -1,10 +1,13 @@
 """The checks before step 0 see what they are there to see."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from lrlhf import UserError
-from tests.modules.helpers import ppo_after_both_stages, prompt_data, train_sft
+from lrlhf import Sampling, UserError
+from lrlhf.model.decoding import StaticStep
+from tests.modules.helpers import ppo, ppo_after_both_stages, prompt_data, train_sft, trainer
 
 
 @pytest.fixture
@@ -63,3 +66,12 @@ def test_a_parameter_that_trains_in_a_role_that_is_frozen_is_refused(ready):
     module.backbone._trainable["reward"] = [(head, "weight")]
     with pytest.raises(UserError, match="train wrongly in the role reward"):
         module.self_check(batch)
+
+
+def test_the_engine_that_the_run_samples_with_is_the_one_that_is_checked(tmp_path, tiny_llama, data_files, monkeypatch):
+    monkeypatch.setattr(StaticStep, "_run", lambda self: torch.randn(len(self.ids), 259))
+    for engine, wrong in (("dynamic", False), ("static", True)):
+        module = ppo(tiny_llama, sampling=Sampling(max_new_tokens=4, engine=engine))
+        batches = trainer(tmp_path, limit_train_batches=1, enable_checkpointing=False)
+        with pytest.raises(UserError, match="self-check: samples") if wrong else nullcontext():
+            batches.fit(module, prompt_data(tiny_llama, data_files))
