@@ -150,7 +150,8 @@ def numbers(place: Workplace) -> list[str]:
             backbone.add_role("policy", ("policy",), trainable=True)
         allowed, stop = rounding(dtype, quantize), torch.tensor([2], device=place.device)
         text = unequal_rows(rows).to(place.device)
-        check_passes(backbone, "policy", text, stop, allowed, "static")
+        if not quantize or quantize.kind != "int8":  # whose kernels ask the processor, which no graph can
+            check_passes(backbone, "policy", text, stop, allowed, "static")
         said = check_passes(backbone, "policy", text, stop, allowed)
         logits = {}
         for role in ("policy", "reference"):

@@ -14,6 +14,7 @@ from transformers import StaticCache
 from lrlhf.errors import UserError
 from lrlhf.model.architecture import text_config
 from lrlhf.model.backbone import Backbone
+from lrlhf.model.pretrained import first_line
 
 
 class Decoder:
@@ -143,8 +144,14 @@ class StaticStep:
             return logits
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self.logits = self._run()
+            try:
+                with torch.cuda.graph(self._graph):
+                    self.logits = self._run()
+            except RuntimeError as error:  # a kernel that asks the processor, such as those of int8
+                raise UserError(
+                    f"sampling.engine: static: {self.backbone.base_model} cannot be captured as a CUDA graph "
+                    f"({first_line(error)}); set sampling.engine: dynamic."
+                ) from error
         self._graph.replay()
         assert self.logits is not None
         return self.logits
