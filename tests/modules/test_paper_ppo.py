@@ -72,6 +72,26 @@ def test_a_micro_batch_is_repeated_and_its_sum_is_clipped_each_time(tmp_path, ti
         torch.testing.assert_close(now, was - 0.5 * moved, atol=1e-6, rtol=1e-4)
 
 
+def test_gradients_are_clipped_between_repetitions(tiny_llama, monkeypatch):
+    """Gradients 3 x, 4 y, 1 x with a limit of 1: clipped each time they are another direction than clipped once."""
+    module = paper(tiny_llama, "repeated_micro_batches", minibatch_size=6, micro_batch_size=2, max_grad_norm=1.0)
+    module.configure_model()
+    weight = module.backbone.heads["critic"].weight
+    pulls = iter([(0, 3.0), (1, 4.0), (0, 1.0)])
+
+    def losses(self, minibatch, *means):
+        place, size = next(pulls)
+        yield size * weight[0, place]
+
+    monkeypatch.setattr(PPOPolicy, "losses", losses)
+    for loss in module.losses(None):
+        loss.backward()
+    first = np.array([3.0, 0.0]) / 3
+    second = first + [0.0, 4.0]
+    third = second / np.linalg.norm(second) + [1.0, 0.0]  # the step clips once more
+    np.testing.assert_allclose(weight.grad[0, :2].numpy(), third, rtol=1e-5)
+
+
 def test_an_iteration_takes_a_step_for_every_micro_batch(tmp_path, tiny_llama, data_files, monkeypatch):
     steps = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, closure=None: steps.append(1) and None)
