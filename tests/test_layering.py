@@ -20,7 +20,7 @@ FLOORS = (
     ("modules", "datamodules"),
     ("run",),
     ("model",),
-    ("kernels", "functional", "config", "types", "metrics", "distributed", "rewards", "errors", "paths", "__init__"),
+    ("kernels", "functional", "config", "types", "metrics", "distributed", "rewards", "errors", "files", "__init__"),
 )
 """Rooms from the roof down: each may import what lies below it, itself, and nothing beside it but on the ground."""
 

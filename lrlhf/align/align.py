@@ -19,6 +19,7 @@ from lrlhf.cli.messages import CommandParser
 from lrlhf.cli.start import check_config_files
 from lrlhf.errors import UserError
 from lrlhf.evaluation.judges import Judge
+from lrlhf.files import write_json
 from lrlhf.modules.rollouts import RolloutModule
 from lrlhf.report import STAGES
 
@@ -174,9 +175,9 @@ def _run_stage(plan: Plan, stage: str, upstream: str) -> str:
     arguments += [] if same else ["--fresh"]
     print(f"{stage}: lrlhf {' '.join(arguments)}")
     start = time.perf_counter()
-    _write_record(record, {"fingerprint": fingerprint})
+    write_json(record, {"fingerprint": fingerprint})
     run_stage(arguments)
-    _write_record(record, {"fingerprint": fingerprint, "seconds": round(time.perf_counter() - start, 1)})
+    write_json(record, {"fingerprint": fingerprint, "seconds": round(time.perf_counter() - start, 1)})
     return fingerprint
 
 
@@ -186,10 +187,3 @@ def _read_record(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _write_record(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".json.part")
-    scratch.write_text(json.dumps(record) + "\n")
-    scratch.replace(path)

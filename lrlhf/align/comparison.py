@@ -15,7 +15,8 @@ from lrlhf.errors import UserError
 from lrlhf.evaluation.evaluation import write_result
 from lrlhf.evaluation.head_to_head import summary
 from lrlhf.evaluation.judges import Judge, annotate, higher
-from lrlhf.evaluation.pairs import Annotation, Pair, write_json
+from lrlhf.evaluation.pairs import Annotation, Pair
+from lrlhf.files import write_json
 from lrlhf.functional import exact_forward_kl, exact_js, exact_kl, exact_total_variation, js, js_paper, kl
 from lrlhf.report import AFTER, BEFORE, STAGES
 from lrlhf.report.curves import read_curves

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lrlhf.callbacks import PredictionWriter
 from lrlhf.cli.messages import NO_MODULE, OneSentence, one_sentence
 from lrlhf.errors import UserError
+from lrlhf.files import whole
 from lrlhf.modules.base import AlignmentModule
 from lrlhf.run.checkpoints import FOLDER, Checkpoints, is_whole, load, newest_checkpoint
 from lrlhf.run.folder import clear, refuse_other_run
@@ -54,10 +55,8 @@ class SaveConfig(SaveConfigCallback):
             return
         config = Namespace({**vars(self.config), "ckpt_path": None, "fresh": False})
         path = Path(trainer.default_root_dir) / "config.yaml"
-        scratch = path.with_suffix(".yaml.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(config, scratch, skip_none=False, overwrite=True, multifile=False)
-        scratch.replace(path)
+        with whole(path) as scratch:
+            self.parser.save(config, scratch, skip_none=False, overwrite=True, multifile=False)
 
 
 def import_name(path: str) -> Any:

@@ -1,11 +1,11 @@
 """What `lrlhf evaluate` runs: anything that measures and answers with lines, each a number with its interval."""
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 from lrlhf.evaluation.estimates import Line
+from lrlhf.files import write_json
 
 FILE = "evaluation.json"
 """What an evaluation found, in the folder that it was given."""
@@ -37,11 +37,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
         folder: made if there is none.
         result: of an evaluation; a number that is nan becomes null.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f"{FILE}.part"
-    lines = [_as_json(line) for line in result["lines"]]
-    scratch.write_text(json.dumps({**result, "lines": lines}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(folder / FILE)
+    write_json(folder / FILE, {**result, "lines": [_as_json(line) for line in result["lines"]]})
 
 
 def _as_json(line: Line) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from lrlhf.errors import UserError
 from lrlhf.evaluation.estimates import Estimate, Line
 from lrlhf.evaluation.evaluation import Evaluation
 from lrlhf.evaluation.judges import Judge, Order, annotate
-from lrlhf.evaluation.pairs import Annotation, Output, pair_up, read_annotations, read_outputs, write_json
+from lrlhf.evaluation.pairs import Annotation, Output, pair_up, read_annotations, read_outputs
 from lrlhf.evaluation.system import System, prompt_row
 from lrlhf.evaluation.win_rate import WinRate, bradley_terry, paired_difference, win_rate_lines
+from lrlhf.files import write_json
 
 USABLE = 0.6
 """Pairs in which a judge must give the same answer in both orders for its win rate to say something."""

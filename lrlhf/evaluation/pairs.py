@@ -1,10 +1,9 @@
 """AlpacaEval's files: outputs of a system, pairs of two systems' outputs, annotations of a judge."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +137,6 @@ def pair_up(reference: Sequence[Output], model: Sequence[Output]) -> list[Pair]:
         )
         for key, out in here.items()
     ]
-
-
-def write_json(path: Path, rows: Sequence[Any]) -> None:
-    """Write dataclasses as one JSON list, whole or not at all."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
 
 
 def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -162,7 +162,6 @@ class StaticStep:
         for layer in layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         mask = self.mask[rows, 0, 0, : int(self.column) + 1]
-        mask[:, -1] = True
         return mask, self.positions[rows], self.cache
 
     def _run(self) -> Tensor:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from lrlhf.config import check_ranges
 from lrlhf.distributed import gather_objects, rank, total, total_number, world_size
 from lrlhf.errors import UserError
+from lrlhf.files import whole
 from lrlhf.functional import exact_kl, kl, sigmoid_loss
 from lrlhf.functional.divergence import Divergence
 from lrlhf.metrics import Means
@@ -141,10 +142,8 @@ class DPO(PolicyModule):
             sums[mine] = self.reference_sums(batch)
         sums = total(sums)
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".part")
-            save_file({"sums": sums.cpu()}, scratch, {"key": key.hexdigest()})
-            scratch.replace(path)
+            with whole(path) as scratch:
+                save_file({"sums": sums.cpu()}, scratch, {"key": key.hexdigest()})
         return sums
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ The code of arXiv 2309.09055 (alpaca_farm_lora) does not train as its text says.
 settings give, and which have no effect on what is learned.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -98,7 +98,7 @@ class PaperPPO(PPOPolicy):
     def build_roles(self) -> None:
         """With adapters that bfloat16 can hold, if that is a defect."""
         super().build_roles()
-        self._round_adapters()
+        self._round_adapters({})
 
     # Scores
 
@@ -171,16 +171,19 @@ class PaperPPO(PPOPolicy):
     def optimization_step(self, losses: Any) -> dict[str, float]:
         """As in AlignmentModule, then the rounding."""
         metrics = super().optimization_step(losses)
-        self._round_adapters()
+        self._round_adapters(self.optimizers().state)  # type: ignore[union-attr]
         return metrics
 
     @torch.no_grad()
-    def _round_adapters(self) -> None:
-        """Round adapters, and what the optimizer keeps of them, to what bfloat16 can hold."""
+    def _round_adapters(self, states: Mapping[Any, dict[str, Any]]) -> None:
+        """Round adapters, and what an optimizer keeps of them, to what bfloat16 can hold, if that is a defect.
+
+        Args:
+            states: of the optimizer, by parameter.
+        """
         if "bfloat16_adapters" not in self.defects:
             return
         heads = {id(p) for p in self.backbone.heads.parameters()}
-        states = self.optimizers().state if self._trainer and self.trainer.training else {}  # type: ignore[union-attr]
         for parameter in self.backbone.trainable():
             if id(parameter) in heads:
                 continue

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lrlhf.errors import UserError
+from lrlhf.files import whole
 
 
 class MetricsFile(Logger):
@@ -79,10 +80,7 @@ class MetricsFile(Logger):
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".csv.part")
-        with scratch.open("w", newline="") as file:
+        with whole(self.path) as scratch, scratch.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self._rows)
-        scratch.replace(self.path)

@@ -12,6 +12,7 @@ import fsspec
 from filelock import FileLock
 
 from lrlhf.errors import UserError
+from lrlhf.files import whole
 from lrlhf.run.folder import OWN
 
 CHECKPOINTS = "checkpoints/"
@@ -82,11 +83,8 @@ class Mirror:
             if any((run / CHECKPOINTS).glob("*.ckpt")):
                 return
             for name in sorted(self.names(), key=lambda name: name.startswith(CHECKPOINTS)):
-                path = run / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                scratch = path.with_name(path.name + ".part")
-                self._files.get_file(f"{self._root}/{name}", str(scratch))
-                scratch.replace(path)
+                with whole(run / name) as scratch:
+                    self._files.get_file(f"{self._root}/{name}", str(scratch))
 
 
 def _own_files(run: Path) -> Iterator[tuple[str, Path]]:

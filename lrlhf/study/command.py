@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from lrlhf.cli.messages import CommandParser
 from lrlhf.errors import UserError
+from lrlhf.files import write_json
 from lrlhf.report.report import write_study
 from lrlhf.study.results import collect
-from lrlhf.study.trials import Trial, make_trials, write_json
+from lrlhf.study.trials import Trial, make_trials
 
 DESCRIPTION = """Conditions and a grid of config keys, times seeds. Each trial is an align run in a folder of its own
 and goes on where it was interrupted; the same command again runs what is missing."""

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from lrlhf.errors import UserError
+from lrlhf.files import write_json
 from lrlhf.report import STAGES
 
 Config = dict[str, Any]
@@ -166,19 +167,6 @@ def merged(below: Config, above: Mapping[str, Any]) -> Config:
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
         result[key] = merged(result[key], value) if both else value
     return result
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all.
-
-    Args:
-        path: of the file; its folder is made.
-        value: to write.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(value, indent=1) + "\n")
-    scratch.replace(path)
 
 
 def _texts(files: Iterable[str]) -> dict[str, str]:

@@ -223,7 +223,7 @@ def test_a_win_that_length_explains_is_said_to_be_one():
 
 
 def test_a_leaderboard_has_paired_differences_and_elo(tmp_path):
-    from lrlhf.evaluation.pairs import write_json
+    from lrlhf.files import write_json
 
     write_json(tmp_path / "a.json", judged([2, 2, 2, 1, 1, 2], model="a"))
     write_json(tmp_path / "b.json", judged([2, 1, 1, 1, 1, 1], model="b"))

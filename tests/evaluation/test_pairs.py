@@ -5,7 +5,8 @@ import json
 import pytest
 
 from lrlhf.errors import UserError
-from lrlhf.evaluation.pairs import Annotation, Output, Pair, pair_up, read_annotations, read_outputs, write_json
+from lrlhf.evaluation.pairs import Annotation, Output, Pair, pair_up, read_annotations, read_outputs
+from lrlhf.files import write_json
 
 
 def write(path, rows) -> str:

@@ -205,12 +205,18 @@ def test_adapters_in_bfloat16_lose_small_steps(tmp_path, tiny_llama, data_files)
     grown = {}
     for defects in ((), ("bfloat16_adapters",)):
         module = paper(tiny_llama, *defects, lr=1e-5)
-        module.configure_model()
-        down = module.backbone.model.model.layers[0].self_attn.q_proj.lora_A.policy.weight
-        with torch.no_grad():
-            down.fill_(0.5)  # the next number that bfloat16 holds is 0.50390625
-            module._checked = True
+        build = module.build_roles
+
+        def build_roles(module=module, build=build):
+            build()
+            start = module.backbone.trainable("policy")
+            assert all(p.equal(p.bfloat16().float()) for p in start) == bool(module.defects)
+            weight = module.backbone.model.model.layers[0].self_attn.q_proj.lora_A.policy.weight
+            torch.nn.init.constant_(weight, 0.5)  # the next number that bfloat16 holds is 0.50390625
+
+        module.build_roles = build_roles
         fit(tmp_path, module, prompt_data(tiny_llama, data_files))
+        down = module.backbone.model.model.layers[0].self_attn.q_proj.lora_A.policy.weight
         grown[defects] = (down - 0.5).abs().max()
         held = [p.equal(p.bfloat16().float()) for p in module.backbone.trainable("policy")]
         assert all(held) == bool(defects)
