@@ -6,7 +6,7 @@ One iteration is one Lightning batch and four statements: roll out, shape reward
 What it is: PPO-clip on the tokens of the responses; policy, reference, reward model and critic are roles on one frozen
 base; the penalty is a reward (callbacks), never a gradient.
 
-Where it departs from the paper's code:
+Where it departs from the paper's code (docs/paper.md; `PaperPPO` puts each back by name):
 1. Minibatches are what they are called: distinct rows, divided by their token count, one optimizer step each.
 2. Means, whitening and GAE run over response tokens, never over padding.
 3. Dropout is off in old and new log-probs alike, so the first ratio is exactly 1.
