@@ -20,7 +20,8 @@ except ImportError as error:
 
 def image(plot: Plot) -> Figure:
     """For a file."""
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    many = len(plot.curves) > 4 and plot.legend
+    figure = Figure(figsize=(6.8 if many else 5, 3.4), layout="constrained")
     axes: Axes = figure.subplots()
     axes.set_title(_no_math(plot.title), loc="left", fontweight="bold", fontsize=11)
     axes.set(xlabel=_no_math(plot.x), ylabel=plot.y)
@@ -38,7 +39,10 @@ def image(plot: Plot) -> Figure:
         axes.tick_params("x", rotation=45)
     if len(plot.curves) > 1 and plot.legend:
         labels = [_no_math(curve.label) for curve in plot.curves]
-        axes.legend(axes.lines, labels, frameon=False).set_in_layout(False)
+        if many:  # beside the points, of which some would lie under it
+            figure.legend(axes.lines, labels, frameon=False, loc="outside right upper")
+        else:
+            axes.legend(axes.lines, labels, frameon=False).set_in_layout(False)
     if plot.guide is not None:
         axes.axhline(plot.guide, color="#475569", lw=1.2, ls=":")
     if plot.diagonal:
