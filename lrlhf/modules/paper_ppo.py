@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self
 
 from lrlhf.config import PPO
@@ -112,13 +113,12 @@ class PaperPPO(PPOPolicy):
         responses = self.decode(sequences.response_ids, sequences.response_mask)
         begins = bool(getattr(self._template, "adds_special_tokens", True))
         read = [
-            self.tokenizer(text + said, add_special_tokens=begins)["input_ids"]
+            torch.tensor(self.tokenizer(text + said, add_special_tokens=begins)["input_ids"], device=self.device)
             for text, said in zip(batch.texts, responses, strict=True)
         ]
-        width, end = max(map(len, read)), int(self.stop_ids[0])
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in read], device=self.device)
-        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in read], device=self.device)
-        ended = torch.full((len(read), 1), end, device=self.device)
+        counts = [torch.ones_like(row, dtype=torch.bool) for row in read]
+        ids, mask = (pad_sequence(x, batch_first=True, padding_side="left") for x in (read, counts))
+        ended = torch.full((len(read), 1), int(self.stop_ids[0]), device=self.device)
         return super().score(Sequences(ids, mask, ended, torch.ones_like(ended, dtype=torch.bool)), batch)
 
     # Padding

@@ -4,7 +4,6 @@ Equal coefficients are not equal strengths: at small drift js is a quarter of kl
 of shapes compares coefficient_i = coefficient * mean(d_to) / mean(d_i), means per token over responses of one policy.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lrlhf.align.comparison import load_run
 from lrlhf.callbacks.divergence import measure, name_of
 from lrlhf.cli.messages import CommandParser
 from lrlhf.errors import UserError
+from lrlhf.files import write_json
 from lrlhf.functional import exact_kl, kl
 from lrlhf.functional.divergence import Divergence
 from lrlhf.types import Sequences
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     for name, line in found["matched"].items():
         print(f"  {name:24} coefficient {line['coefficient']:<10.4g} pull again {line['pull_again']:.3f} of it")
     if given.out:
-        Path(given.out).expanduser().write_text(json.dumps(found, indent=1) + "\n")
+        write_json(Path(given.out).expanduser(), found)
 
 
 def match(
