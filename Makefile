@@ -20,8 +20,9 @@ check: $(READY)  ## style and types
 bench: $(READY) .venv-peer/.ready  ## our engine beside TRL's, alternating; half an hour on an idle machine
 	$(RUN)/python bench/run.py --scaling
 
-gpu-check: $(READY)  ## proof on this machine's GPU, or on its processor; writes doctor.json and doctor.txt
-	$(RUN)/lrlhf doctor --check
+gpu-check: $(READY)  ## proof on this machine's GPU, or on its processor; with TRL's time beside ours if it is installed
+	$(RUN)/lrlhf doctor --check; passed=$$?; \
+	[ ! -e .venv-peer/.ready ] || $(RUN)/python bench/run.py --rounds 1 --out doctor-trl.json; exit $$passed
 
 .venv-peer/.ready:
 	$(PYTHON) -m venv .venv-peer

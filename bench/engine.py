@@ -18,6 +18,7 @@ parser.add_argument("--dtype", default="float32")
 parser.add_argument("--rollout", type=int, default=32, help="prompts of an iteration")
 parser.add_argument("--response", type=int, default=64, help="new tokens of a response, all of which are sampled")
 parser.add_argument("--micro", type=int, default=8)
+parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
 parser.add_argument("--iterations", type=int, default=3)
 parser.add_argument("--reward", help="used within: write the hand-over folder of a reward model here")
 options = parser.parse_args()
@@ -29,6 +30,7 @@ keep_freed_memory()
 keep_few_kernels()
 
 import lightning as L  # noqa: E402
+import torch  # noqa: E402
 
 import lrlhf  # noqa: E402
 from lrlhf.doctor.timing import TimedPPO  # noqa: E402
@@ -49,7 +51,7 @@ def make_reward(folder):
     data = lrlhf.AlpacaDataModule(
         str(path), task="preference", tokenizer=options.base_model, template=template(), batch_size=2
     )
-    bare_trainer(folder, []).fit(lrlhf.RewardModel(**COMMON), data)
+    bare_trainer(folder, [], device=options.device).fit(lrlhf.RewardModel(**COMMON), data)
 
 
 def main():
@@ -75,7 +77,8 @@ def main():
         sampling=lrlhf.Sampling(max_new_tokens=options.response),
     )
     callbacks = [lrlhf.DivergenceCallback(coefficient=0.02), lrlhf.MissingEOSPenalty(1.0)]
-    bare_trainer(folder, callbacks).fit(policy, data)
+    bare_trainer(folder, callbacks, device=options.device).fit(policy, data)
+    on_gpu = {"peak_gpu_mib": torch.cuda.max_memory_allocated() // 2**20} if options.device == "cuda" else {}
     print(
         json.dumps(
             {
@@ -85,6 +88,7 @@ def main():
                 "phases": {name: [round(s, 2) for s in seconds] for name, seconds in policy.phases.items()},
                 "response_tokens": policy.response_tokens,
                 "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                **on_gpu,
                 "trainable": sum(p.numel() for p in policy.backbone.trainable()),
             }
         )

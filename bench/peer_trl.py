@@ -28,6 +28,7 @@ parser.add_argument("--dtype", default="float32")
 parser.add_argument("--rollout", type=int, default=32)
 parser.add_argument("--response", type=int, default=64)
 parser.add_argument("--micro", type=int, default=8)
+parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
 parser.add_argument("--iterations", type=int, default=3)
 options = parser.parse_args()
 
@@ -75,7 +76,7 @@ def main():
         report_to=[],
         save_strategy="no",
         eval_strategy="no",
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
         bf16=False,
         gradient_checkpointing=False,
         disable_tqdm=True,
@@ -99,6 +100,7 @@ def main():
     start = time.perf_counter()
     trainer.train()
     ends = [start, *clock.ends]
+    on_gpu = {"peak_gpu_mib": torch.cuda.max_memory_allocated() // 2**20} if options.device == "cuda" else {}
     seconds = [round(after - before, 2) for before, after in pairwise(ends)]
     print(
         json.dumps(
@@ -108,6 +110,7 @@ def main():
                 "s_per_iteration": seconds,
                 "response_tokens": [options.rollout * options.response] * len(seconds),
                 "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                **on_gpu,
                 "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             }
         )

@@ -12,7 +12,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import mean
 
@@ -21,7 +20,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lrlhf.datamodules import AlpacaTemplate
 from lrlhf.datamodules.formats import Row
-from lrlhf.doctor.timing import layer_weights, products
+from lrlhf.doctor.machine import SHAPES
+from lrlhf.doctor.timing import layer_weights, now, products
 from lrlhf.kernels.linear import linear
 from lrlhf.model.pretrained import resolve
 
@@ -42,24 +42,25 @@ def prompts_file(folder: Path) -> Path:
     return path
 
 
-def rates(dtype: str) -> dict[str, float]:
+def rates(dtype: str, device: str) -> dict[str, float]:
     """GFLOP/s of a layer-sized matrix product, and GB/s of a copy (read and written), the best of five."""
-    x, w = (torch.randn(*shape, dtype=getattr(torch, dtype)) for shape in ((808, 576), (1536, 576)))
-    source = torch.randn(50_000_000)
+    n, inputs, outputs = {"cpu": (808, 576, 1536), "cuda": SHAPES["cuda"]}[device]
+    x, w = (torch.randn(rows, inputs, dtype=getattr(torch, dtype), device=device) for rows in (n, outputs))
+    source = torch.randn(50_000_000, device=device)
     target = torch.empty_like(source)
 
     def best(call, repeat):
         seconds = []
         for _ in range(6):
-            start = time.perf_counter()
+            start = now(x.device)
             for _ in range(repeat):
                 call()
-            seconds.append((time.perf_counter() - start) / repeat)
+            seconds.append((now(x.device) - start) / repeat)
         return min(seconds[1:])
 
     product = best(lambda: linear(x, w), 50)
     copy = best(lambda: target.copy_(source), 1)
-    return {"gflops": 2 * 808 * 576 * 1536 / product / 1e9, "gb_per_s": 8 * source.numel() / copy / 1e9}
+    return {"gflops": 2 * n * inputs * outputs / product / 1e9, "gb_per_s": 8 * source.numel() / copy / 1e9}
 
 
 def floor(prompts: Path, run: dict, rate: dict[str, float]) -> dict[str, float]:
@@ -126,6 +127,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer-python", default=".venv-peer/bin/python")
     parser.add_argument("--prompts", type=Path, help='{"prompt": text} lines; default: the demo\'s instructions')
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=device, help="PPO alone")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=2, help="how often the two alternate")
     parser.add_argument("--iterations", type=int, default=2)
@@ -137,11 +140,11 @@ def main():
     if options.methods is not None:
         return methods(options)
     prompts = options.prompts or prompts_file(Path(tempfile.mkdtemp()))
-    work = ["--prompts", str(prompts), "--iterations", str(options.iterations)]
+    work = ["--prompts", str(prompts), "--iterations", str(options.iterations), "--device", options.device]
     report = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "runs": []}
     for dtype in options.dtypes:
         for _ in range(options.rounds):
-            rate = rates(dtype)
+            rate = rates(dtype, options.device)
             ours = call(sys.executable, "engine.py", *work, "--dtype", dtype, "--micro", MICRO[dtype])
             bound = floor(prompts, ours, rate)
             ours["rates"] = rate
@@ -160,7 +163,8 @@ def main():
     for run in report["runs"]:
         print(
             f"{run['engine']:20} {run['dtype']:9} {run['rollout']:3} x {run['response']:3}  "
-            f"{mean(run['s_per_iteration']):6.1f} s/iteration {run['s_per_iteration']}  {run['peak_rss_mib']:5} MiB  "
+            f"{mean(run['s_per_iteration']):6.1f} s/iteration {run['s_per_iteration']}  "
+            f"{run.get('peak_gpu_mib', run['peak_rss_mib']):5} MiB  "
             f"{run.get('share_of_floor', '')}"
         )
 

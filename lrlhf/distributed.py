@@ -3,6 +3,8 @@
 With one process each returns what it was given.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -96,6 +98,17 @@ def broadcast(parameters: list[torch.nn.Parameter]) -> None:
     if world_size() > 1:
         for parameter in [p for p in parameters if not isinstance(p, DTensor)]:
             dist.broadcast(parameter.data, 0)
+
+
+def whole(value: Any) -> Any:
+    """A sharded tensor in one piece on the processor of the first process, empty on the others; anything else as it is.
+
+    So no device ever holds more than one whole tensor of a model that is gathered to be saved.
+    """
+    if not isinstance(value, DTensor):
+        return value
+    gathered = value.full_tensor()
+    return gathered.cpu() if rank() == 0 else gathered.new_empty(0, device="cpu")
 
 
 def gather_objects(item: object) -> list:

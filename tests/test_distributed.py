@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from lrlhf import distributed
 from tests.integration.processes import start, wait
@@ -44,6 +46,9 @@ def ask(rank: int) -> dict:
     }
     distributed.sum_gradients(summed)
     distributed.broadcast(weights)
+    if distributed.world_size() > 1:
+        mesh = init_device_mesh("cpu", (2,))
+        found["whole"] = distributed.whole(distribute_tensor(torch.arange(10.0).view(5, 2), mesh, [Shard(0)]))
     return found | {"gradients": [p.grad for p in summed], "weights": [p.data for p in weights]}
 
 
@@ -115,6 +120,11 @@ def test_a_gradient_that_one_process_lacks_is_the_others_and_one_that_all_lack_s
 def test_all_get_the_parameters_of_the_first_trained_or_not(two):
     for found in two:
         assert [weight.tolist() for weight in found["weights"]] == [[0, 7], [[9]]]
+
+
+def test_a_sharded_tensor_is_whole_in_the_first_process_alone(two):
+    torch.testing.assert_close(two[0]["whole"], torch.arange(10.0).view(5, 2))
+    assert two[1]["whole"].numel() == 0
 
 
 def test_one_process_gets_back_what_it_gave(alone):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lrlhf.config import DType, Gather, LoRA, Quantization
+from lrlhf.distributed import whole
 from lrlhf.errors import UserError
 from lrlhf.functional import equal_prompts, equally_long, last_true, position_ids, shared_prefix
 from lrlhf.kernels.packing import pack, packed_mask, unpack
@@ -452,20 +453,33 @@ class Backbone(nn.Module):
             head.register_parameter("bias", None)
         return head
 
-    def save_role(self, role: str, folder: Path) -> None:
+    def own_model(self, role: str) -> Any:
+        """The model that trains in a role without LoRA; None for any other role."""
+        if self.stacks[role] or role not in self._trainable:
+            return None
+        return self.copies[role] if role in self.copies else self.model
+
+    def whole_weights(self, role: str) -> dict[str, Tensor] | None:
+        """For `save_role`: the weights of a sharded model that trains, by name. Collective; whole in the first process.
+
+        Args:
+            role: to save.
+        """
+        model = self.own_model(role) if self.sharded else None
+        return None if model is None else {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+    def save_role(self, role: str, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write the stack of a role as ordinary peft folders (without LoRA: its model) and its head as safetensors.
 
         Args:
             role: to save.
             folder: to write into; it exists.
+            weights: of `whole_weights`, where the models are sharded.
         """
         if self.stacks[role]:
             self._adapters.save(self.stacks[role], folder)
-        elif role in self._trainable:
-            model: Any = self.copies[role] if role in self.copies else self.model
-            # FSDP would shard a gathered model when asked for its state
-            state = {name: p.detach().clone() for name, p in model.named_parameters()} if self.sharded else None
-            model.save_pretrained(folder / "model", state_dict=state)
+        elif (model := self.own_model(role)) is not None:
+            model.save_pretrained(folder / "model", state_dict=weights)
         if role in self.heads:
             save_file(dict(self.heads[role].state_dict()), folder / "head.safetensors")
 

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_map
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrlhf.config import Gather, LoRA, Quantization
+from lrlhf.distributed import whole
 from lrlhf.errors import UserError
 from lrlhf.model.backbone import Backbone
 from lrlhf.model.quantization import make_shardable
@@ -62,11 +63,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     load_checkpoint = ParallelStrategy.load_checkpoint
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """With the parameters that train whole; the others are in no checkpoint."""
+        """With the parameters that train whole, in the first process; the others are in no checkpoint."""
         module: Any = self.lightning_module
         trained = module.trained()
         state = ParallelStrategy.lightning_module_state_dict(self)
-        return {name: _whole(value) if name in trained else value for name, value in state.items()}
+        return {name: whole(value) if name in trained else value for name, value in state.items()}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Each process takes its part."""
@@ -76,8 +77,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         ParallelStrategy.load_model_state_dict(self, {**checkpoint, "state_dict": state}, strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Whole."""
-        return tree_map(_whole, ParallelStrategy.optimizer_state(self, optimizer))
+        """Whole, in the first process."""
+        return tree_map(whole, ParallelStrategy.optimizer_state(self, optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each process takes its part."""
@@ -90,10 +91,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             }
             states.append({**saved, "state": moments})
         ParallelStrategy.load_optimizer_state_dict(self, {**checkpoint, "optimizer_states": states})
-
-
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _part(value: Any, like: Tensor | None) -> Any:
@@ -146,12 +143,12 @@ def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
             "FSDP needs equally many passes in all processes, and the rows of this base run by equal length: it "
             "carries a state along the sequence. Set trainer.strategy: ddp."
         )
-    whole = {p for name, p in backbone.named_parameters() if "lora_" in name or name.startswith("heads.")}
+    unsharded = {p for name, p in backbone.named_parameters() if "lora_" in name or name.startswith("heads.")}
     make_shardable(backbone.model)
     layers = [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-    fully_shard(backbone, mesh=mesh, ignored_params=whole)
+        fully_shard(layer, mesh=mesh, ignored_params=unsharded)
+    fully_shard(backbone, mesh=mesh, ignored_params=unsharded)
     for method in (
         "encode",
         "encode_padded",
@@ -170,16 +167,15 @@ def shard(backbone: Backbone, mesh: DeviceMesh, gather: Gather) -> None:
 
 
 @contextmanager
-def gathered(backbone: Backbone, *, always: bool = False) -> Iterator[None]:
+def gathered(backbone: Backbone) -> Iterator[None]:
     """Gather the sharded base once and hold it until the block ends: passes inside then need no collective.
 
-    Does nothing for a base that is not sharded, or, unless `always`, with `gather: layer`.
+    Does nothing for a base that is not sharded, or with `gather: layer`.
 
     Args:
         backbone: sharded or not.
-        always: also with `gather: layer`.
     """
-    if not backbone.synchronised or (backbone.gather == "layer" and not always):
+    if not backbone.synchronised or backbone.gather == "layer":
         yield
         return
     sharded = [module for module in backbone.modules() if isinstance(module, FSDPModule)]

@@ -532,24 +532,19 @@ class AlignmentModule(L.LightningModule):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(self.trainer.default_root_dir) / "handover"
-        with gathered(self.backbone, always=True):
-            if self.trainer.is_global_zero:
-                try:
-                    self.write_handover(
-                        folder,
-                        base_model=self.base_model,
-                        dtype=self.dtype_name,
-                        template=self.template_fingerprint(),
-                    )
-                except Exception as error:
-                    raise UserError(
-                        f"{folder} could not be written ({error}). Training is done and its checkpoint is whole: mend "
-                        "this and start the same command (lrlhf fit --config ...) again, which writes the folder alone."
-                    ) from error
+        try:
+            self.write_handover(
+                folder, base_model=self.base_model, dtype=self.dtype_name, template=self.template_fingerprint()
+            )
+        except Exception as error:
+            raise UserError(
+                f"{folder} could not be written ({error}). Training is done and its checkpoint is whole: mend "
+                "this and start the same command (lrlhf fit --config ...) again, which writes the folder alone."
+            ) from error
         rank_zero_info(f"Handed over the {self.role} role in {folder}")
 
     def write_handover(self, folder: Path, **about: Any) -> None:
-        """Save what was trained.
+        """Save what was trained. Collective: every process calls it, and the first writes.
 
         Args:
             folder: to write.

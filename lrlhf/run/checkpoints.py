@@ -291,7 +291,8 @@ def load(path: Path) -> dict[str, Any]:
     if not is_whole(path):
         raise UserError(f"{path} is no checkpoint, or damaged; give another file of the run's {FOLDER}/.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # mapped, so that the processes of a machine share what they read; Windows could not remove a mapped file
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
     except Exception as error:
         raise UserError(f"{path} holds more than tensors and plain values; lrlhf wrote no such file.") from error
 

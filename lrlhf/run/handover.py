@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lrlhf.distributed import rank
 from lrlhf.errors import UserError
 from lrlhf.model.adapters import CONFIG, concatenate, place
 from lrlhf.model.backbone import Backbone
@@ -78,7 +79,7 @@ class Handover:
     def write_ensemble(
         cls, folder: Path, backbone: Backbone, roles: Sequence[str], tokenizer: Any, **about: Any
     ) -> None:
-        """Save the reward models of an ensemble, all or none.
+        """Save the reward models of an ensemble, all or none. Collective, as `write`.
 
         Args:
             folder: to write; one that is there is replaced.
@@ -87,11 +88,14 @@ class Handover:
             tokenizer: of the base.
             about: see `write`.
         """
-        probes = [score_probe(backbone, role, tokenizer) for role in roles]
+        together = [_together(backbone, role, tokenizer) for role in roles]
+        if rank():
+            return
         with written_whole(folder) as scratch:
-            for number, (role, probe) in enumerate(zip(roles, probes, strict=True), start=1):
-                (scratch / "members").mkdir(exist_ok=True)
-                cls.write(scratch / "members" / str(number), backbone, role, tokenizer, probe_score=probe, **about)
+            for number, (role, parts) in enumerate(zip(roles, together, strict=True), start=1):
+                member = scratch / "members" / str(number)
+                member.mkdir(parents=True)
+                cls._fill(member, backbone, role, tokenizer, *parts, **about)
             manifest = {"role": "ensemble", "members": len(roles)}
             (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -115,55 +119,54 @@ class Handover:
         return cls(folder, "sft", ("sft",), False, base, "", "", None, {"sft": _digest(folder)})
 
     @classmethod
-    def write(
-        cls,
-        folder: Path,
-        backbone: Backbone,
-        role: str,
-        tokenizer: Any,
-        *,
-        base_model: str,
-        dtype: str,
-        template: str | None,
-        probe_score: float | None = None,
-    ) -> "Handover":
+    def write(cls, folder: Path, backbone: Backbone, role: str, tokenizer: Any, **about: Any) -> None:
         """Save a role that was trained; written beside and renamed, so that a kill leaves no half a folder.
+
+        Collective: every process calls it, and the first writes.
 
         Args:
             folder: to write; one that is there is replaced.
             backbone: with the role.
             role: to save.
             tokenizer: of the base.
-            base_model: by which the base was loaded.
-            dtype: of the base.
-            template: fingerprint of the prompt template, where there is one.
-            probe_score: of a role with a head, where it is known already.
+            about: base_model, by which the base was loaded; its dtype; template, the fingerprint of the prompt
+                template, or None.
         """
-        if probe_score is None and role in backbone.heads:
-            probe_score = score_probe(backbone, role, tokenizer)
-        with written_whole(folder) as scratch:
-            backbone.save_role(role, scratch)  # which shards a gathered base: nothing may run after it
-            if (scratch / "model").is_dir():
-                tokenizer.save_pretrained(scratch / "model")
-            stack = backbone.stacks[role]
-            if role == "policy" and stack:
-                _write_as_one(stack, scratch)
-            (scratch / "README.md").unlink(missing_ok=True)
-            handover = cls(
-                folder=folder,
-                role=role,
-                stack=stack,
-                head=role in backbone.heads,
-                base_model=base_model,
-                base=backbone.fingerprint,
-                tokenizer=fingerprint_tokenizer(tokenizer),
-                template=template,
-                adapters={adapter: _digest(scratch / adapter) for adapter in stack},
-                probe_score=probe_score,
-                dtype=dtype,
-            )
-            handover._write_manifest(scratch)
-        return handover
+        together = _together(backbone, role, tokenizer)
+        if rank() == 0:
+            with written_whole(folder) as scratch:
+                cls._fill(scratch, backbone, role, tokenizer, *together, **about)
+
+    @classmethod
+    def _fill(
+        cls,
+        folder: Path,
+        backbone: Backbone,
+        role: str,
+        tokenizer: Any,
+        probe_score: float | None,
+        weights: dict[str, torch.Tensor] | None,
+        **about: Any,
+    ) -> None:
+        backbone.save_role(role, folder, weights)
+        if (folder / "model").is_dir():
+            tokenizer.save_pretrained(folder / "model")
+        stack = backbone.stacks[role]
+        if role == "policy" and stack:
+            _write_as_one(stack, folder)
+        (folder / "README.md").unlink(missing_ok=True)
+        handover = cls(
+            folder=folder,
+            role=role,
+            stack=stack,
+            head=role in backbone.heads,
+            base=backbone.fingerprint,
+            tokenizer=fingerprint_tokenizer(tokenizer),
+            adapters={adapter: _digest(folder / adapter) for adapter in stack},
+            probe_score=probe_score,
+            **about,
+        )
+        handover._write_manifest(folder)
 
     def write_plain(self, folder: Path) -> None:
         """A manifest beside ONE plain peft adapter of this role, by which it can be used as model.sft, and checked.
@@ -226,6 +229,12 @@ def score_probe(backbone: Backbone, role: str, tokenizer: Any) -> float:
     mask = torch.ones_like(ids, dtype=torch.bool)
     with backbone.role(role):
         return float(backbone.scores(Sequences(ids[:, :1], mask[:, :1], ids[:, 1:], mask[:, 1:])))
+
+
+def _together(backbone: Backbone, role: str, tokenizer: Any) -> tuple[float | None, dict[str, torch.Tensor] | None]:
+    """What all processes make together of a sharded role: the score of the probe, and the weights that train."""
+    probe = score_probe(backbone, role, tokenizer) if role in backbone.heads else None
+    return probe, backbone.whole_weights(role)
 
 
 def _write_as_one(stack: tuple[str, ...], folder: Path) -> None:

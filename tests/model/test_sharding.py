@@ -101,30 +101,52 @@ def test_states_values_and_gradients_are_those_of_the_whole_base(tiny_llama, mes
         torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
 
 
+# Saving
+
+
+def test_a_full_model_is_gathered_tensor_by_tensor_to_be_saved(tiny_llama, mesh):
+    """No device ever holds it whole: the model stays sharded, and what is saved lies on the processor."""
+    backbone = Backbone(tiny_llama).eval()
+    backbone.add_role("policy", trainable=True)
+    backbone.add_role("critic", trainable=True, head="random")
+    expected = {name: p.detach().clone() for name, p in backbone.copies["policy"].named_parameters()}
+    assert backbone.whole_weights("policy") is None, "it is whole already"
+    shard(backbone, mesh, "layer")
+    layers = of_layers(backbone)
+    weights = backbone.whole_weights("policy")
+    assert of_layers(backbone) == layers
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name], tensor)
+        assert not isinstance(weights[name], DTensor)
+
+
+def test_a_sharded_base_is_no_model_that_is_saved(tiny_llama, mesh):
+    backbone = made(tiny_llama)
+    shard(backbone, mesh, "layer")
+    assert backbone.whole_weights("policy") is None
+
+
 # Gathering
 
 
 def test_a_base_that_is_not_sharded_is_left_alone(tiny_llama):
     backbone = made(tiny_llama)
     before, places = states(backbone), [p.data_ptr() for p in backbone.parameters()]
-    for always in (False, True):
-        with gathered(backbone, always=always):
-            assert not backbone.synchronised
-            assert [p.data_ptr() for p in backbone.parameters()] == places
-            assert torch.equal(states(backbone), before)
+    with gathered(backbone):
         assert not backbone.synchronised
+        assert [p.data_ptr() for p in backbone.parameters()] == places
+        assert torch.equal(states(backbone), before)
+    assert not backbone.synchronised
 
 
-@pytest.mark.parametrize(
-    ("gather", "always", "whole"),
-    [("rollout", False, True), ("rollout", True, True), ("layer", False, False), ("layer", True, True)],
-)
-def test_inside_the_block_the_base_is_whole_unless_it_gathers_by_layer(tiny_llama, mesh, gather, always, whole):
+@pytest.mark.parametrize(("gather", "whole"), [("rollout", True), ("layer", False)])
+def test_inside_the_block_the_base_is_whole_unless_it_gathers_by_layer(tiny_llama, mesh, gather, whole):
     backbone = made(tiny_llama)
     shard(backbone, mesh, gather)
     layers, expected = of_layers(backbone), states(backbone)
     assert len(layers) == 2 * 9, "two layers of seven products and two norms"
-    with gathered(backbone, always=always):
+    with gathered(backbone):
         assert backbone.synchronised is not whole
         for _ in range(2):  # a pass does not give it up
             assert of_layers(backbone) == (set() if whole else layers)

@@ -41,7 +41,8 @@ def write(backbone, tokenizer, tmp_path):
 
     def write(role: str, folder=tmp_path / "handover", template: str | None = "0123456789abcdef") -> Handover:
         settings = {"base_model": "the/base", "dtype": "float32", "template": template}
-        return Handover.write(folder, backbone, role, tokenizer, **settings)
+        Handover.write(folder, backbone, role, tokenizer, **settings)
+        return Handover.read(folder)
 
     return write
 
@@ -87,12 +88,12 @@ def test_the_manifest_names_what_the_role_was_trained_on_and_the_digests_of_its_
 
 
 @pytest.mark.parametrize("role", STACKS)
-def test_what_is_read_is_what_was_written(write, tmp_path, role):
-    written = write(role)
-    read = Handover.read(tmp_path / "handover")
-    assert read == written
+def test_what_is_read_is_what_was_written(write, backbone, tmp_path, role):
+    read = write(role)
+    assert (read.folder, read.role, read.stack) == (tmp_path / "handover", role, STACKS[role])
+    assert (read.base_model, read.dtype, read.template) == ("the/base", "float32", "0123456789abcdef")
+    assert (read.base, set(read.adapters)) == (backbone.fingerprint, set(STACKS[role]))
     assert (read.head, read.probe_score is not None) == (role == "reward",) * 2
-    assert read.stack == STACKS[role]
 
 
 # Refused
