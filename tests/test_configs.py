@@ -11,8 +11,10 @@ import yaml
 from transformers import AutoTokenizer, LlamaConfig
 
 from lrlhf.__main__ import main
-from lrlhf.cli.lightning import parse_config
+from lrlhf.cli.lightning import ConfigCLI, parse_config
 from lrlhf.functional import divergence as divergences
+from lrlhf.study import command as study
+from lrlhf.study.trials import stages_of
 from tests.conftest import save_tiny_llama
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -206,3 +208,28 @@ def test_a_divergence_may_be_named_on_the_command_line(resolve, files, options):
     assert [callback["class_path"] for callback in callbacks] == ["lrlhf.SampleLog", "lrlhf.DivergenceCallback"]
     assert callbacks[-1]["init_args"]["divergence"] == "lrlhf.functional.bregman"
     assert callbacks[-1]["init_args"]["coefficient"] == 0.02
+
+
+STUDIES = [
+    path
+    for path in sorted([*(CONFIGS / "studies").glob("*.yaml"), *(CONFIGS.parent / "bench/stories").glob("*.yaml")])
+    if "conditions" in yaml.safe_load(path.read_text())
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_stage_of_every_condition_of_a_study_parses(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(CONFIGS.parent)
+    found = study.read(["--config", str(path)])
+    for trial in [trial for trial in found.trials() if trial.seed == found.seeds[0]]:
+        for stage, files in stages_of(trial.align).items():
+            changes = dict(trial.changes.get(stage, {}))
+            (tmp_path / "changes.yaml").write_text(yaml.safe_dump({"trainer": {}, **changes}))
+            words = [word for file in (*files, str(tmp_path / "changes.yaml")) for word in ("--config", file)]
+            words += ["--model.init_args.reward_model", "a/handover"] if stage == "rl" else []
+            config = ConfigCLI(f"study: {stage}", lambda parser: None, words).config
+            wanted = changes.get("model", {}).get("init_args", {})
+            for key in wanted.keys() - {"lora", "optimizer", "ppo"}:
+                assert config.model.init_args[key] == wanted[key], (trial.condition, stage, key)
+            assert (config.model.init_args.lora is None) == ("lora" in wanted and wanted["lora"] is None)

@@ -128,7 +128,8 @@ def test_a_command_that_is_shown_runs_as_shown(line, checkout, monkeypatch):
         for stage in plan.files:
             ConfigCLI("align", lambda parser: None, plan.arguments(stage)[1:])
     elif command == "study":
-        for trial in study.read(arguments).trials():
+        found = study.read(arguments)
+        for trial in [trial for trial in found.trials() if trial.seed == found.seeds[0]]:
             Path("changes.yaml").write_text(yaml.safe_dump({"trainer": {}, **trial.changes.get("rl", {})}))
             files = [*stages_of(trial.align)["rl"], "changes.yaml"]
             words = [word for file in files for word in ("--config", file)]

@@ -43,7 +43,8 @@ def compare(
         gold: a reward function that training never saw; None leaves it out.
         prompts: file of held-out prompts; None takes the last stage's validation prompts.
         count: prompts at most.
-        judge: of the pairs of responses, in both orders; None leaves it out.
+        judge: of the pairs of responses, in both orders; None leaves it out. Each row then holds, as `judged` of its
+            side after, whether that was better than before: 1, 0, between, or None without an answer.
     """
     start = time.perf_counter()
     config, module, data = load_run(run / "rl")
@@ -63,19 +64,24 @@ def compare(
             divergences.setdefault(name, []).append((float(values.sum()) / tokens, tokens))
         for source, before, after in zip(batch.sources, sides["before"], sides["after"], strict=True):
             rows.append({"instruction": source["instruction"], "before": before, "after": after})
+    pairs = [
+        Pair(row["instruction"], row["before"]["response"], row["after"]["response"], BEFORE, AFTER) for row in rows
+    ]
+    if judge is not None:
+        judged = annotate(judge, pairs)
+        _write_win_rate(run / "evaluations" / "judge", judged, judge.notes())
+        for row, one in zip(rows, judged, strict=True):
+            row["after"]["judged"] = None if one.preference is None else one.preference - 1
     result = {
         "gold": gold.__name__ if gold else None,
         "base_model": module.base_model,
         "seed": config.get("seed_everything"),
         "reward_model": _reward_model_accuracy(run / "reward"),
-        "divergences": {k: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for k, pairs in divergences.items()},
+        "divergences": {k: sum(v * n for v, n in means) / sum(n for _, n in means) for k, means in divergences.items()},
         "seconds": {**_stage_seconds(run), "comparison": round(time.perf_counter() - start, 1)},
         "rows": rows,
     }
     (run / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
-    pairs = [
-        Pair(row["instruction"], row["before"]["response"], row["after"]["response"], BEFORE, AFTER) for row in rows
-    ]
     for name, key in (("the learned reward", "learned"), (result["gold"], "gold")):
         if name and rows[0]["before"][key] is not None:
             scores = [(row["before"][key], row["after"][key]) for row in rows]
@@ -84,8 +90,6 @@ def compare(
                 for pair, both in zip(pairs, scores, strict=True)
             ]
             _write_win_rate(run / "evaluations" / key, judged)
-    if judge is not None:
-        _write_win_rate(run / "evaluations" / "judge", annotate(judge, pairs), judge.notes())
 
 
 def _write_win_rate(folder: Path, judged: list[Annotation], notes: Sequence[str] = ()) -> None:

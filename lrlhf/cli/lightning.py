@@ -22,8 +22,8 @@ from lrlhf.cli.messages import NO_MODULE, OneSentence, one_sentence
 from lrlhf.errors import UserError
 from lrlhf.files import whole
 from lrlhf.modules.base import AlignmentModule
-from lrlhf.run.checkpoints import FOLDER, Checkpoints, is_whole, load, newest_checkpoint
-from lrlhf.run.folder import clear, refuse_other_run
+from lrlhf.run.checkpoints import Checkpoints, is_whole, load, newest_checkpoint
+from lrlhf.run.folder import CHECKPOINTS, clear, refuse_other_run
 from lrlhf.run.metrics_csv import MetricsFile
 
 
@@ -171,7 +171,7 @@ class AlignmentCLI(LightningCLI):
             if config.get("logger") in (None, True):
                 kwargs["logger"] = MetricsFile(folder)
             if config.get("enable_checkpointing") in (None, True) and not _has(callbacks, Checkpoint):
-                lightnings = ModelCheckpoint(Path(folder) / FOLDER, save_last=True)
+                lightnings = ModelCheckpoint(Path(folder) / CHECKPOINTS, save_last=True)
                 callbacks = [*callbacks, Checkpoints() if ours else lightnings]
         else:
             kwargs |= {"logger": False, "enable_checkpointing": False}
@@ -226,7 +226,7 @@ class AlignmentCLI(LightningCLI):
                 callback.mirror.fetch(run)
         if isinstance(self.model, AlignmentModule):
             return newest_checkpoint(run)
-        last = run / FOLDER / "last.ckpt"
+        last = run / CHECKPOINTS / "last.ckpt"
         return last if last.is_file() else None
 
     def values(self) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class AlignmentCLI(LightningCLI):
         newest = self._newest(run)
         if newest is None:
             raise UserError(
-                f"{self.subcommand}: no checkpoint in {run / FOLDER}; run fit with the same config first, or give "
+                f"{self.subcommand}: no checkpoint in {run / CHECKPOINTS}; run fit with the same config first, or give "
                 "--ckpt_path."
             )
         if self.trainer.is_global_zero:

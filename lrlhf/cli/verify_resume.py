@@ -16,7 +16,8 @@ from jsonargparse.typing import PositiveInt, restricted_string_type
 
 from lrlhf.cli.lightning import ConfigCLI, Parser
 from lrlhf.errors import UserError
-from lrlhf.run.checkpoints import FOLDER, checkpoint_path, load, newest_checkpoint
+from lrlhf.run.checkpoints import checkpoint_path, load, newest_checkpoint
+from lrlhf.run.folder import CHECKPOINTS
 
 POLL = 0.01
 """Seconds between two looks at a running fit."""
@@ -105,7 +106,7 @@ def differences(one: Path, other: Path) -> tuple[list[str], int]:
         if newest is None:
             raise UserError(f"{run} holds no checkpoint.")
         tree: dict[str, Any] = {"file": newest.name, "checkpoint": load(newest)}
-        if (best := run / FOLDER / "best.ckpt").is_file():
+        if (best := run / CHECKPOINTS / "best.ckpt").is_file():
             tree["best"] = load(best)
         for name in ("metrics.csv", "samples.jsonl", "handover/manifest.json"):
             tree[name] = (run / name).read_text() if (run / name).is_file() else None

@@ -2,10 +2,12 @@
 
 import re
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from lrlhf.datamodules.containers import BadRow, read_records
 from lrlhf.errors import UserError
+from lrlhf.files import whole
 
 PASSAGE = 256
 """Words of a passage at most (Min et al. 2023, arXiv 2305.14251, section 4.1, which cuts at 256 tokens)."""
@@ -69,26 +71,22 @@ def build(source: str, path: Path) -> None:
         source: of the pages; text may also be a list of passages, which are kept as they are.
         path: of the database.
     """
-    scratch = path.with_name(path.name + ".part")
-    scratch.unlink(missing_ok=True)
-    file = sqlite3.connect(scratch)
-    try:
-        file.execute("CREATE VIRTUAL TABLE passages USING fts5(title, text)")
-    except sqlite3.OperationalError as error:
-        raise UserError(
-            f"this Python's SQLite has no full-text search ({error}); use another build of Python."
-        ) from None
-    file.execute("CREATE TABLE titles (title TEXT, passage INTEGER)")
-    for place, row in read_records(source):
-        if isinstance(row, BadRow):
-            raise UserError(f"{place}: {row}.")
-        for text in _passages(place, row):
-            number = file.execute("INSERT INTO passages VALUES (?, ?)", (row["title"], text)).lastrowid
-            file.execute("INSERT INTO titles VALUES (?, ?)", (row["title"], number))
-    file.execute("CREATE INDEX by_title ON titles (title)")
-    file.commit()
-    file.close()
-    scratch.replace(path)
+    with whole(path) as scratch, closing(sqlite3.connect(scratch)) as file:
+        try:
+            file.execute("CREATE VIRTUAL TABLE passages USING fts5(title, text)")
+        except sqlite3.OperationalError as error:
+            raise UserError(
+                f"this Python's SQLite has no full-text search ({error}); use another build of Python."
+            ) from None
+        file.execute("CREATE TABLE titles (title TEXT, passage INTEGER)")
+        for place, row in read_records(source):
+            if isinstance(row, BadRow):
+                raise UserError(f"{place}: {row}.")
+            for text in _passages(place, row):
+                number = file.execute("INSERT INTO passages VALUES (?, ?)", (row["title"], text)).lastrowid
+                file.execute("INSERT INTO titles VALUES (?, ?)", (row["title"], number))
+        file.execute("CREATE INDEX by_title ON titles (title)")
+        file.commit()
 
 
 def _passages(place: str, row: object) -> list[str]:

@@ -15,14 +15,18 @@ from lrlhf.evaluation.estimates import Estimate
 from lrlhf.report.plots import COLORS, Curve, Plot
 
 FILE = "study.json"
-HEADINGS = ("condition", "seeds", "{outcome} reward", "95 % interval")
+OUTCOMES = {"gold": "gold reward", "learned": "learned reward", "judged": "win rate over the reference"}
+HEADINGS = ("condition", "seeds", "{outcome}", "95 % interval")
 MEANS = (
     ("exact_kl", "exact KL a token", ".4f"),
     ("length", "length", ".1f"),
     ("learned", "learned", ".3f"),
     ("gold", "gold", ".3f"),
+    ("judged", "win rate", ".3f"),
 )
 """Columns of trials behind the outcome: name, heading, digits; those that were measured and are not the outcome."""
+OF_ONE_REWARD_MODEL = ("learned", "train/score")
+"""What is shown only where one reward model scored all trials: scores of several have no common scale."""
 COMPARED = ("comparison", "seeds", "difference", "95 % interval", "p, corrected", "verdict", "seeds for {effect:g}")
 
 
@@ -35,7 +39,19 @@ class StudyResults:
     """The contents of study.json."""
     trials: pd.DataFrame
     prompts: pd.DataFrame
+    """Those with an outcome in every trial."""
     curves: pd.DataFrame
+    left_out: int = 0
+    """Prompts without."""
+
+    @property
+    def outcome(self) -> str:
+        """In words."""
+        return OUTCOMES[self.plan["outcome"]]
+
+    def shows(self, name: str) -> bool:
+        """Whether a column of trials, or a curve, means the same in all conditions."""
+        return self.plan.get("one_reward_model", True) or name not in OF_ONE_REWARD_MODEL
 
     @property
     def conditions(self) -> list[str]:
@@ -72,19 +88,23 @@ def read_study(folder: Path) -> StudyResults:
     text = {"condition": str}
     trials, prompts = (pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""]) for path in paths[:2])
     curves = pd.read_csv(paths[2], dtype=text, keep_default_na=False, na_values=[""]) if paths[2].is_file() else None
-    if prompts[plan["outcome"]].isna().any():
-        raise UserError(
-            f"report: the study {folder} has not measured {plan['outcome']}; set compare.gold in its align."
-        )
-    return StudyResults(folder.resolve().name, plan, trials, prompts, pd.DataFrame() if curves is None else curves)
+    outcome = plan["outcome"]
+    missing = set(prompts.loc[prompts[outcome].isna(), "prompt"]) if outcome in prompts else set(prompts["prompt"])
+    there = prompts[~prompts["prompt"].isin(missing)]
+    if there.empty:
+        what = "judge" if outcome == "judged" else "gold"
+        raise UserError(f"report: the study {folder} has not measured {outcome}; set compare.{what} in its align.")
+    curves = pd.DataFrame() if curves is None else curves
+    return StudyResults(folder.resolve().name, plan, trials, there, curves, left_out=len(missing))
 
 
 def study_tables(study: StudyResults) -> tuple[list[list[str]], list[list[str]]]:
     """Lines of conditions, and of comparisons, each under its headings."""
     from lrlhf.evaluation.seeds import corrected, difference, mean_over_seeds, verdict
 
-    shown = [column for column in MEANS if column[0] in study.trials and column[0] != study.plan["outcome"]]
-    lines = [[*(heading.format(**study.plan) for heading in HEADINGS), *(heading for _, heading, _ in shown)]]
+    others = [column for column in MEANS if column[0] in study.trials and column[0] != study.plan["outcome"]]
+    shown = [column for column in others if study.trials[column[0]].notna().all() and study.shows(column[0])]
+    lines = [[*(heading.format(outcome=study.outcome) for heading in HEADINGS), *(heading for _, heading, _ in shown)]]
     for name in study.conditions:
         rows = study.trials[study.trials["condition"] == name]
         estimate = mean_over_seeds(study.values(name))
@@ -120,6 +140,10 @@ def study_notes(study: StudyResults) -> list[str]:
         f"{len(study.trials)} of {wanted} trials are done, {study.trials['seconds'].sum() / 3600:.1f} machine hours.",
         "Intervals and p count seeds and prompts (pigeonhole bootstrap, t distribution over seeds).",
     ]
+    if not study.shows("learned"):
+        notes.append("Conditions have reward models of their own, so their learned rewards are not shown together.")
+    if study.left_out:
+        notes.append(f"{study.left_out} prompts have no outcome in some trial and are left out of all.")
     if set(plan["first_seeds"]) != set(plan["seeds"]):
         notes.append(
             f"Planned with the seeds {plan['first_seeds']}; others were added when results had been seen, which makes "
@@ -137,7 +161,7 @@ def study_plots(study: StudyResults) -> list[Plot]:
     """Outcome by condition, against exact KL, against length, and the learned score by iteration."""
     from lrlhf.evaluation.seeds import mean_over_seeds
 
-    outcome = f"{study.plan['outcome']} reward"
+    outcome = study.outcome
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(study.conditions)}
     seeds, means = [], []
     for name in study.conditions:
@@ -156,12 +180,12 @@ def study_plots(study: StudyResults) -> list[Plot]:
         ("learned", "Gold against learned", "learned reward",
          "Right without up: the reward model is exploited."),
     ):  # fmt: skip
-        if column in study.trials and study.trials[column].notna().all():
+        if column in study.trials and study.trials[column].notna().all() and study.shows(column):
             curves = []
             for name in study.conditions:
-                rows = study.trials[study.trials["condition"] == name]
+                rows = study.trials[study.trials["condition"] == name].sort_values("seed")
                 hover = [f"seed {seed}" for seed in rows["seed"]]
-                y = list(rows[study.plan["outcome"]])
+                y = list(study.values(name).mean(1))
                 curves.append(Curve(name, list(rows[column]), y, colors[name], "points", hover=hover))
             plots.append(Plot(f"outcome_{column}", title, x, outcome, hint, curves))
     for metric, title, unit in (
@@ -169,7 +193,7 @@ def study_plots(study: StudyResults) -> list[Plot]:
         ("train/length", "Length by iteration", "tokens per response"),
     ):
         curves = []
-        for name in study.conditions if len(study.curves) else ():
+        for name in study.conditions if len(study.curves) and study.shows(metric) else ():
             rows = study.curves[(study.curves["condition"] == name) & (study.curves["metric"] == metric)]
             by_step = rows.groupby("iteration")["value"].mean()
             curves.append(Curve(name, list(by_step.index), list(by_step), colors[name]))

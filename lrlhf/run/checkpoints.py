@@ -19,11 +19,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lrlhf.config import TwoOrMore, check_ranges
 from lrlhf.distributed import any_process, gather_objects, rank, world_size
 from lrlhf.errors import UserError
+from lrlhf.run.folder import CHECKPOINTS
 from lrlhf.run.mirror import Mirror
 from lrlhf.run.state import DeferredSignals, random_state, set_random_state
-
-FOLDER = "checkpoints"
-"""Of a run's checkpoints, inside its folder."""
 
 
 class Checkpoints(Checkpoint):
@@ -135,7 +133,7 @@ class Checkpoints(Checkpoint):
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         if value is not None and self._is_better(float(value)):
             self.best, due = float(value), True
-            trainer.save_checkpoint(run / FOLDER / "best.ckpt", weights_only=False)
+            trainer.save_checkpoint(run / CHECKPOINTS / "best.ckpt", weights_only=False)
         if due:
             trainer.save_checkpoint(checkpoint_path(run, iteration), weights_only=False)
             if trainer.is_global_zero:
@@ -170,7 +168,13 @@ class Checkpoints(Checkpoint):
         """Generators come last, when the first iteration starts; logs go back to where they were."""
         if trainer.state.fn == "fit" and "random" in checkpoint:
             states = checkpoint["random"]
-            self._random = states[rank()] if len(states) == world_size() else None
+            if len(states) == world_size():
+                self._random = states[rank()]
+            elif trainer.is_global_zero:
+                print(
+                    f"Saved by {len(states)} processes, gone on by {world_size()}: dropout, and code of your own that "
+                    "uses the global generators, draw anew from here; sampling does not"
+                )
             for logger, state in zip(trainer.loggers, checkpoint["loggers"], strict=False):
                 if hasattr(logger, "load_state_dict"):
                     logger.load_state_dict(state)
@@ -289,7 +293,7 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"ckpt_path={path}: there is no such file.")
     if not is_whole(path):
-        raise UserError(f"{path} is no checkpoint, or damaged; give another file of the run's {FOLDER}/.")
+        raise UserError(f"{path} is no checkpoint, or damaged; give another file of the run's {CHECKPOINTS}/.")
     try:
         # mapped, so that the processes of a machine share what they read; Windows could not remove a mapped file
         return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
@@ -313,12 +317,13 @@ def checkpoint_path(run: Path, iteration: int) -> Path:
         run: the run folder.
         iteration: how many iterations are done.
     """
-    return run / FOLDER / f"iteration={iteration:06d}.ckpt"
+    return run / CHECKPOINTS / f"iteration={iteration:06d}.ckpt"
 
 
 def all_checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, newest first."""
-    return sorted((run / FOLDER).glob("iteration=*.ckpt"), reverse=True)
+    found = (run / CHECKPOINTS).glob("iteration=*.ckpt")
+    return sorted(found, key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -333,7 +338,7 @@ def newest_checkpoint(run: Path) -> Path | None:
             return path
         print(f"{path} is damaged; using the one before it")
     if found:
-        raise UserError(f"every checkpoint in {run / FOLDER} is damaged; start over with --fresh.")
+        raise UserError(f"every checkpoint in {run / CHECKPOINTS} is damaged; start over with --fresh.")
     return None
 
 

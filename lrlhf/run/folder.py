@@ -12,8 +12,11 @@ import yaml
 
 from lrlhf.errors import UserError
 
+CHECKPOINTS = "checkpoints"
+"""Of a run's checkpoints, inside its folder."""
+
 OWN = (
-    "checkpoints",
+    CHECKPOINTS,
     "handover",
     "metrics.csv",
     "samples.jsonl",

@@ -13,9 +13,7 @@ from filelock import FileLock
 
 from lrlhf.errors import UserError
 from lrlhf.files import whole
-from lrlhf.run.folder import OWN
-
-CHECKPOINTS = "checkpoints/"
+from lrlhf.run.folder import CHECKPOINTS, OWN
 
 
 class Mirror:
@@ -47,7 +45,7 @@ class Mirror:
 
     def checkpoints(self) -> list[str]:
         """Of `names`, those of checkpoints."""
-        return [name for name in self.names() if name.startswith(CHECKPOINTS)]
+        return [name for name in self.names() if name.startswith(f"{CHECKPOINTS}/")]
 
     def push(self, run: Path) -> None:
         """Copy what has changed, logs before checkpoints, then remove checkpoints that the run no longer keeps.
@@ -60,7 +58,7 @@ class Mirror:
         """
         try:
             here = dict(_own_files(run))
-            for name in sorted(here, key=lambda name: name.startswith(CHECKPOINTS)):
+            for name in sorted(here, key=lambda name: name.startswith(f"{CHECKPOINTS}/")):
                 stat = here[name].stat()
                 if self._copied.get(name) != (stat.st_size, stat.st_mtime_ns):
                     target = f"{self._root}/{name}"
@@ -82,7 +80,7 @@ class Mirror:
         with FileLock(run / ".mirror.lock"):
             if any((run / CHECKPOINTS).glob("*.ckpt")):
                 return
-            for name in sorted(self.names(), key=lambda name: name.startswith(CHECKPOINTS)):
+            for name in sorted(self.names(), key=lambda name: name.startswith(f"{CHECKPOINTS}/")):
                 with whole(run / name) as scratch:
                     self._files.get_file(f"{self._root}/{name}", str(scratch))
 

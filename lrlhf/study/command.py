@@ -17,7 +17,7 @@ from lrlhf.errors import UserError
 from lrlhf.files import write_json
 from lrlhf.report.report import write_study
 from lrlhf.study.results import collect
-from lrlhf.study.trials import Trial, make_trials
+from lrlhf.study.trials import Trial, make_trials, one_reward_model
 
 DESCRIPTION = """Conditions and a grid of config keys, times seeds. Each trial is an align run in a folder of its own
 and goes on where it was interrupted; the same command again runs what is missing."""
@@ -56,8 +56,9 @@ class Study:
     """Of the last stage."""
     comparisons: list[list[str]] = field(default_factory=list)
     """Pairs of conditions, named before the runs: only these are tested, together."""
-    outcome: Literal["gold", "learned"] = "gold"
-    """What they are compared by."""
+    outcome: Literal["gold", "learned", "judged"] = "gold"
+    """What they are compared by: the gold reward, the learned one, or the win rate over the reference by
+    compare.judge of align."""
     effect: PositiveFloat = 0.05
     """A difference of the outcome worth finding, for the line on how many seeds that takes."""
     workers: PositiveInt = 1
@@ -89,6 +90,11 @@ class Study:
         for pair in self.comparisons:
             if len(pair) != 2 or not set(pair) <= set(names) or pair[0] == pair[1]:
                 raise UserError(f"study: comparisons: {pair} is no pair of two of the conditions {', '.join(names)}.")
+        if self.outcome == "learned" and not one_reward_model(found):
+            raise UserError(
+                "study: outcome=learned: these conditions have reward models of their own, whose scores have no common "
+                "scale; compare by gold, or by a judge (judged)."
+            )
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise UserError(f"study: seeds={self.seeds}: name each once, and one at least.")
         return found
@@ -189,6 +195,7 @@ def register(study: Study, run: Path, trials: list[Trial]) -> None:
     plan |= {
         "conditions": study.conditions.keys,
         "grid": study.grid.keys,
+        "one_reward_model": one_reward_model(trials),
         "order": list(dict.fromkeys(trial.condition for trial in trials)),
     }
     before = json.loads(path.read_text()) if path.is_file() else {}

@@ -11,7 +11,7 @@ import pandas as pd
 from lrlhf.report.curves import read_curves
 from lrlhf.study.trials import Trial
 
-MEASURED = ("gold", "learned", "length", "ended")
+MEASURED = ("gold", "learned", "judged", "length", "ended")
 CURVES = ("train/score", "train/length", "train/coefficient", "train/divergence/", "val/win_rate", "val/score")
 """Beginnings of the names of metrics that are kept, step by step."""
 TABLES = ("trials", "prompts", "curves")

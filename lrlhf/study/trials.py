@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,8 @@ from lrlhf.report import STAGES
 Config = dict[str, Any]
 SHARED = ("sft", "reward")
 """Stages that trials with the same config of them share."""
+SCORERS = ("reward_model", "reward_function", "aggregate")
+"""Settings of the last stage that say what scores its responses."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,20 @@ def make_trials(
         before = run / "before" / key if shared else None
         trials.append(Trial(condition, factors, seed, folder, align, changes, before))
     return trials
+
+
+def one_reward_model(trials: Sequence[Trial]) -> bool:
+    """Whether the same reward model scores all trials: only then may their learned rewards be compared.
+
+    Args:
+        trials: of a study.
+    """
+    scorers = set()
+    for trial in trials:
+        settings = trial.changes.get("rl", {}).get("model", {}).get("init_args", {})
+        trained = trial.before if "reward" in stages_of(trial.align) else None
+        scorers.add((trained, *(str(settings.get(key)) for key in SCORERS)))
+    return len(scorers) == 1
 
 
 def stages_of(align: tuple[str, ...]) -> dict[str, list[str]]:

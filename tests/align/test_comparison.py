@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from lrlhf.__main__ import main
 from lrlhf.align.comparison import compare, load_run
 from lrlhf.errors import UserError
+from lrlhf.evaluation.judges import FunctionJudge
 from lrlhf.rewards import vader_sentiment
 from lrlhf.run.checkpoints import load, newest_checkpoint
 from lrlhf.types import Sequences
@@ -23,6 +24,10 @@ DIVERGENCES = {"kl", "js", "js_paper", "exact_kl", "exact_forward_kl", "exact_js
 def letters(prompts: list[str], responses: list[str]) -> torch.Tensor:
     """A score that tells any two responses apart."""
     return torch.tensor([sum(map(ord, response)) % 7.0 for response in responses])
+
+
+def shortest(prompts, responses):
+    return [-len(response) for response in responses]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +148,16 @@ def test_a_policy_that_has_not_moved_says_what_its_reference_says(make_run):
     assert result["divergences"] == pytest.approx(dict.fromkeys(DIVERGENCES, 0), abs=1e-6)  # fp32 rounding
     assert result["reward_model"] is None
     assert result["seconds"].keys() == {"comparison"}
+
+
+def test_a_judge_says_of_every_row_whether_after_was_better(moved):
+    run, _ = moved
+    rows = comparison(run, judge=FunctionJudge(shortest), count=COUNT)["rows"]
+    assert any(row["before"]["response"] != row["after"]["response"] for row in rows)
+    for row in rows:
+        before, after = (len(row[side]["response"]) for side in ("before", "after"))
+        assert row["after"]["judged"] == (0.5 if before == after else float(after < before))
+    assert json.loads((run / "evaluations/judge/evaluation.json").read_text())["judge"] == "shortest"
 
 
 def test_other_prompts_may_be_named(moved, tmp_path):

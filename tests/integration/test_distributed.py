@@ -186,6 +186,7 @@ def test_four_processes_train_what_one_trains(strategy, configs, alone, tmp_path
     assert_same_run(alone["PPOPolicy"], run(configs["PPOPolicy"], tmp_path / "run", 4, "--trainer.strategy", strategy))
 
 
+@slow
 def test_torchrun_starts_the_processes(configs, alone, tmp_path):
     folder = tmp_path / "run"
     command = [
@@ -301,6 +302,10 @@ def test_a_run_moves_between_one_device_and_two(before, after, configs, alone, t
         start_and_kill(config, folder, 3, slice(0, 2), *options(before))
     assert load(newest_checkpoint(folder))["lrlhf"]["iteration"] < 6
     assert_same_run(alone["PPOPolicy"], run(config, folder, 1 if after == 1 else 2, *options(after)))
+    if 1 in (before, after):
+        counts = (1, 2) if before == 1 else (2, 1)
+        said = "Saved by {} processes, gone on by {}: dropout".format(*counts)
+        assert said in folder.with_suffix(".log").read_text()
 
 
 class Bytes(RolloutCallback):

@@ -135,7 +135,7 @@ def enumerable_pairs(folder, rewards: dict[str, float], times: int = 40) -> str:
 
 
 @pytest.mark.parametrize(
-    "divergence", [kl, js, *(pytest.param(d, marks=pytest.mark.slow) for d in (forward_kl, alpha_divergence))]
+    "divergence", [kl, *(pytest.param(d, marks=pytest.mark.slow) for d in (js, forward_kl, alpha_divergence))]
 )
 def test_on_all_pairs_f_dpo_finds_its_optimum_in_closed_form(tmp_path, tiny_llama, divergence):
     """r = beta f'(p / q) + constant: the implicit rewards of all answers differ as their rewards do.

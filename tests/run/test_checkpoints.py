@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lrlhf.errors import UserError
-from lrlhf.run.checkpoints import SafeCheckpointIO, checkpoint_path, is_whole, load, newest_checkpoint
+from lrlhf.run.checkpoints import SafeCheckpointIO, all_checkpoints, checkpoint_path, is_whole, load, newest_checkpoint
 
 STATE = {"weights": torch.arange(1000.0), "epoch": 3}
 
@@ -60,6 +60,12 @@ def test_the_newest_whole_checkpoint_is_used_and_the_damaged_one_named(tmp_path,
     checkpoint_path(tmp_path, 10).write_bytes(b"PK")
     assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 9)
     assert "iteration=000010.ckpt is damaged" in capsys.readouterr().out
+
+
+def test_checkpoints_are_in_order_past_a_million_iterations(tmp_path):
+    for iteration in (999_999, 1_000_000, 1_000_001):
+        save(checkpoint_path(tmp_path, iteration))
+    assert all_checkpoints(tmp_path) == [checkpoint_path(tmp_path, n) for n in (1_000_001, 1_000_000, 999_999)]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over_in_silence(tmp_path):

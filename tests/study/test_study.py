@@ -17,7 +17,7 @@ import yaml
 
 from lrlhf.errors import UserError
 from lrlhf.report.report import main as report
-from lrlhf.report.study import read_study, study_notes, study_tables
+from lrlhf.report.study import read_study, study_notes, study_plots, study_tables
 from lrlhf.study import command, trials
 from lrlhf.study.matching import main as match
 from lrlhf.study.trials import make_trials
@@ -44,7 +44,8 @@ def lab(tmp_path, monkeypatch):
             gold = len(folder.parent.name) + seed
             row = {"gold": gold, "learned": 2.0, "length": 3, "ended": True, "response": "x"}
             rows = [
-                {"instruction": i, "before": row | {"gold": 0.5}, "after": row | {"gold": gold + i}} for i in (0, 2)
+                {"instruction": i, "before": row | {"gold": 0.5}, "after": row | {"gold": gold + i, "judged": i / 2}}
+                for i in (0, 2)
             ]
             result = {"rows": rows, "divergences": {"exact_kl": 0.25}, "seconds": {"rl": 7.0}}
             (folder / "comparison.json").write_text(json.dumps(result))
@@ -107,6 +108,7 @@ def test_tables_hold_what_the_trials_found(lab):
     assert {float(row["gold_before"]) for row in rows} == {0.5}
     assert (rows[0]["exact_kl"], rows[0]["seconds"]) == ("0.25", "7.0")
     assert [float(row["gold"]) for row in table("prompts")[:2]] == [5, 7]
+    assert ([float(row["judged"]) for row in table("prompts")[:2]], float(rows[0]["judged"])) == ([0, 1], 0.5)
     assert [(c["metric"], c["iteration"], c["value"]) for c in table("curves")[:2]] == [
         ("train/score", "1", "1.5"), ("train/score", "2", "2.5"),
     ]  # fmt: skip
@@ -182,6 +184,11 @@ def test_comparisons_are_dated_by_how_many_trials_had_been_seen(lab):
         ({"conditions": {"kl": 3}, "comparisons": []}, "conditions.kl: expected stages with their configs"),
         ({"conditions": [1]}, "conditions"),
         ({"seeds": [1, 1]}, "name each once"),
+        ({"outcome": "learned", "conditions": {"none": {}, "kl": {"reward": {"x": 1}}}}, "scores have no common scale"),
+        (
+            {"outcome": "learned", "grid": {"rl.model.init_args.reward_function": ["a.b", "c.d"]}, "comparisons": []},
+            "scores have no common scale",
+        ),
         ({"align": ["none.yaml"]}, "there is no config file none.yaml"),
         ({"align": ["reward.yaml"]}, "names no config files of stages.rl"),
     ],
@@ -232,6 +239,36 @@ def test_the_report_of_a_study_is_tables_plots_and_a_page(tmp_path, capsys):
     assert "not told apart" in page
     assert {path.name for path in (tmp_path / "study/plots").iterdir()} >= {"outcome.png", "outcome_exact_kl.png"}
     assert "24 of 24 trials are done" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_study_may_be_decided_by_a_judge_on_the_prompts_that_it_answered_in_every_trial(tmp_path):
+    folder = tmp_path / "study"
+    write_tables(folder, 0.2, np.random.default_rng(1))
+    plan, prompts = json.loads((folder / "study.json").read_text()), pd.read_csv(folder / "prompts.csv")
+    (folder / "study.json").write_text(json.dumps(plan | {"outcome": "judged"}))
+    with pytest.raises(UserError, match=r"has not measured judged; set compare\.judge"):
+        read_study(folder)
+    prompts["judged"] = np.where(prompts["condition"] == "b", 0.75, 0.5) + 0.01 * (prompts["prompt"] % 3)
+    prompts.loc[(prompts["prompt"] == 4) & (prompts["seed"] == 3) & (prompts["condition"] == "c"), "judged"] = np.nan
+    prompts.to_csv(folder / "prompts.csv", index=False)
+    found = read_study(folder)
+    assert found.values("a").shape == (8, 29)
+    assert "1 prompts have no outcome in some trial and are left out of all." in study_notes(found)
+    conditions, (_, effect, none) = study_tables(found)
+    assert conditions[0][2] == "win rate over the reference"
+    mean = 0.5 + 0.01 * (sum(i % 3 for i in range(30)) - 4 % 3) / 29
+    assert [line[2] for line in conditions[1:]] == [f"{mean + gain:.3f}" for gain in (0, 0.25, 0)]
+    assert (effect[2], none[2]) == ("+0.250", "+0.000")
+
+
+def test_scores_of_several_reward_models_are_not_shown_together(lab):
+    command.main(study())
+    assert "learned" in study_tables(read_study(Path("study")))[0][0]
+    command.main(study(conditions={"none": {}, "kl": {"reward": {"x": 1}}}))
+    found = read_study(Path("study"))
+    assert "learned" not in study_tables(found)[0][0]
+    assert not {"outcome_learned", "train_score"} & {plot.name for plot in study_plots(found)}
+    assert "Conditions have reward models of their own" in " ".join(study_notes(found))
 
 
 def test_a_study_without_a_trial_has_no_report(tmp_path):
