@@ -144,10 +144,11 @@ def runner(study: Study, pending: list[Trial]) -> Iterator[str | None]:
     """
     if study.cluster is None:
         threads = max(1, torch.get_num_threads() // study.workers) if study.workers > 1 else None
-        for first in {trial.before: trial for trial in pending}.values():
-            first.prepare(threads)
+        firsts = list({trial.before: trial for trial in pending}.values())
         pool = ThreadPoolExecutor(study.workers)
         try:
+            for prepared in [pool.submit(first.prepare, threads if len(firsts) > 1 else None) for first in firsts]:
+                prepared.result()
             futures = [pool.submit(trial.run, threads) for trial in pending]
             for future in as_completed(futures):
                 yield _failure(future.result)
