@@ -188,15 +188,17 @@ def study_plots(study: StudyResults) -> list[Plot]:
                 y = list(study.values(name).mean(1))
                 curves.append(Curve(name, list(rows[column]), y, colors[name], "points", hover=hover))
             plots.append(Plot(f"outcome_{column}", title, x, outcome, hint, curves))
+    judges = sorted({m for m in study.curves.get("metric", ()) if m.startswith("val/win_rate/")})
     for metric, title, unit in (
         ("train/score", "Learned score by iteration", "score, mean of a rollout"),
         ("train/length", "Length by iteration", "tokens per response"),
+        *((metric, f"Win rate by iteration ({metric.rpartition('/')[2]})", "over the reference") for metric in judges),
     ):
         curves = []
         for name in study.conditions if len(study.curves) and study.shows(metric) else ():
             rows = study.curves[(study.curves["condition"] == name) & (study.curves["metric"] == metric)]
             by_step = rows.groupby("iteration")["value"].mean()
-            curves.append(Curve(name, list(by_step.index), list(by_step), colors[name]))
+            curves += [Curve(name, list(by_step.index), list(by_step), colors[name])] if len(by_step) else []
         if curves:
             plots.append(Plot(metric.replace("/", "_"), title, "iteration", unit, "Mean over seeds.", curves))
     return plots
