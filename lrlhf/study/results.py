@@ -11,7 +11,9 @@ import pandas as pd
 from lrlhf.report.curves import read_curves
 from lrlhf.study.trials import Trial
 
-MEASURED = ("gold", "learned", "judged", "length", "ended")
+MEASURED = ("gold", "learned", "length", "ended")
+COLUMNS = {name: ("after", name) for name in (*MEASURED, "judged")} | {f"{n}_before": ("before", n) for n in MEASURED}
+"""Of trials and prompts: the side of a comparison's row, and the name there."""
 CURVES = ("train/score", "train/length", "train/coefficient", "train/divergence/", "val/win_rate", "val/score")
 """Beginnings of the names of metrics that are kept, step by step."""
 TABLES = ("trials", "prompts", "curves")
@@ -49,15 +51,12 @@ def collect(run: Path, trials: Sequence[Trial]) -> int:
 def _summary(comparison: dict[str, Any]) -> dict[str, Any]:
     """Means over the prompts before and after, and divergences per token."""
     rows, means = comparison["rows"], {}
-    for name in MEASURED:
-        for side in ("before", "after"):
-            values = [row[side].get(name) for row in rows]
-            means[name if side == "after" else f"{name}_before"] = None if None in values else fmean(values)
+    for column, (side, name) in COLUMNS.items():
+        values = [row[side].get(name) for row in rows]
+        means[column] = None if None in values else fmean(values)
     seconds = sum(comparison.get("seconds", {}).values())
     return means | (comparison.get("divergences") or {}) | {"seconds": seconds}
 
 
 def _sides(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row["after"].get(name) for name in MEASURED} | {
-        f"{name}_before": row["before"].get(name) for name in MEASURED
-    }
+    return {column: row[side].get(name) for column, (side, name) in COLUMNS.items()}
