@@ -22,7 +22,8 @@ bench: $(READY) .venv-peer/.ready  ## our engine beside TRL's, alternating; half
 
 gpu-check: $(READY)  ## proof on this machine's GPU, or on its processor; with TRL's time beside ours if it is installed
 	$(RUN)/lrlhf doctor --check; passed=$$?; \
-	[ ! -e .venv-peer/.ready ] || $(RUN)/python bench/run.py --rounds 1 --out doctor-trl.json; exit $$passed
+	if [ -e .venv-peer/.ready ]; then $(RUN)/python bench/run.py --rounds 1 --out doctor-trl.json || passed=1; fi; \
+	exit $$passed
 
 .venv-peer/.ready:
 	$(PYTHON) -m venv .venv-peer

@@ -44,6 +44,8 @@ class Clock(TrainerCallback):
 
 
 def main():
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: this environment's PyTorch sees no GPU, and TRL would take the processor")
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")

@@ -109,9 +109,14 @@ def methods(options: argparse.Namespace) -> None:
     for run in runs:
         seconds = run["s_per_step"]
         print(
-            f"{run['engine']:24} {run['method']:5} {run['dtype']:9} {mean(seconds[1:]):6.1f} s/step {seconds}  "
+            f"{run['engine']:24} {run['method']:5} {run['dtype']:9} {mean(warm(seconds)):6.1f} s/step {seconds}  "
             f"{run['peak_rss_mib']:5} MiB"
         )
+
+
+def warm(seconds: list[float]) -> list[float]:
+    """Without the first, if there are more."""
+    return seconds[1:] or seconds
 
 
 def call(python: str, script: str, *arguments: str) -> dict:
@@ -141,7 +146,8 @@ def main():
         return methods(options)
     prompts = options.prompts or prompts_file(Path(tempfile.mkdtemp()))
     work = ["--prompts", str(prompts), "--iterations", str(options.iterations), "--device", options.device]
-    report = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "runs": []}
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    report = {"machine": machine, "torch": torch.__version__, "runs": []}
     for dtype in options.dtypes:
         for _ in range(options.rounds):
             rate = rates(dtype, options.device)
@@ -149,7 +155,7 @@ def main():
             bound = floor(prompts, ours, rate)
             ours["rates"] = rate
             ours["floor"] = bound
-            ours["share_of_floor"] = {k: round(v / mean(ours["phases"][k]), 2) for k, v in bound.items()}
+            ours["share_of_floor"] = {k: round(v / mean(warm(ours["phases"][k])), 2) for k, v in bound.items()}
             report["runs"].append(ours)
             if not options.only:
                 peer = call(options.peer_python, "peer_trl.py", *work, "--dtype", dtype, "--model", resolve(BASE))
@@ -163,8 +169,8 @@ def main():
     for run in report["runs"]:
         print(
             f"{run['engine']:20} {run['dtype']:9} {run['rollout']:3} x {run['response']:3}  "
-            f"{mean(run['s_per_iteration']):6.1f} s/iteration {run['s_per_iteration']}  "
-            f"{run.get('peak_gpu_mib', run['peak_rss_mib']):5} MiB  "
+            f"{mean(warm(run['s_per_iteration'])):6.1f} s/iteration {run['s_per_iteration']}  "
+            f"{run.get('peak_gpu_mib', run['peak_rss_mib']):5} MiB {'of GPU ' * ('peak_gpu_mib' in run)} "
             f"{run.get('share_of_floor', '')}"
         )
 

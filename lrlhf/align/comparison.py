@@ -64,14 +64,6 @@ def compare(
             divergences.setdefault(name, []).append((float(values.sum()) / tokens, tokens))
         for source, before, after in zip(batch.sources, sides["before"], sides["after"], strict=True):
             rows.append({"instruction": source["instruction"], "before": before, "after": after})
-    pairs = [
-        Pair(row["instruction"], row["before"]["response"], row["after"]["response"], BEFORE, AFTER) for row in rows
-    ]
-    if judge is not None:
-        judged = annotate(judge, pairs)
-        _write_win_rate(run / "evaluations" / "judge", judged, judge.notes())
-        for row, one in zip(rows, judged, strict=True):
-            row["after"]["judged"] = None if one.preference is None else one.preference - 1
     result = {
         "gold": gold.__name__ if gold else None,
         "base_model": module.base_model,
@@ -81,7 +73,10 @@ def compare(
         "seconds": {**_stage_seconds(run), "comparison": round(time.perf_counter() - start, 1)},
         "rows": rows,
     }
-    (run / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(run / "comparison.json", result)
+    pairs = [
+        Pair(row["instruction"], row["before"]["response"], row["after"]["response"], BEFORE, AFTER) for row in rows
+    ]
     for name, key in (("the learned reward", "learned"), (result["gold"], "gold")):
         if name and rows[0]["before"][key] is not None:
             scores = [(row["before"][key], row["after"][key]) for row in rows]
@@ -90,6 +85,12 @@ def compare(
                 for pair, both in zip(pairs, scores, strict=True)
             ]
             _write_win_rate(run / "evaluations" / key, judged)
+    if judge is not None:
+        judged = annotate(judge, pairs)
+        _write_win_rate(run / "evaluations" / "judge", judged, judge.notes())
+        for row, one in zip(rows, judged, strict=True):
+            row["after"]["judged"] = None if one.preference is None else one.preference - 1
+        write_json(run / "comparison.json", result)
 
 
 def _write_win_rate(folder: Path, judged: list[Annotation], notes: Sequence[str] = ()) -> None:

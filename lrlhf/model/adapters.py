@@ -238,18 +238,11 @@ class Adapters:
     def merge(self, stack: Sequence[str], dtype: torch.dtype) -> None:
         """Fold a stack into the weights beneath it and remove all adapters: W + sum (alpha / r) B A, in fp32.
 
-        Layer by layer in place, so that no second model is held. The stack is active.
-
         Args:
             stack: names of adapters, base side first.
             dtype: that the layers with adapters get, in one rounding.
         """
-        peft: Any = self._peft
-        for layer in [module for module in self.model.modules() if isinstance(module, LoraLayer)]:
-            base: Any = layer.get_base_layer().to(torch.float32)
-            base.weight.data = _merged_weight(layer, base, stack)
-            base.to(dtype)
-        peft.base_model.unload()
+        fold(self.model, stack, dtype)
         self._peft = None
 
     def _wrap(self, peft: PeftModel) -> None:
@@ -275,6 +268,29 @@ class Adapters:
             known = ", ".join(sorted(_leaves(_linear_layers(self.model))))
             raise UserError(f"lora.targets: no layer is called {target}; there are {known}.")
         return ", ".join(f"{target} ({count})" for target, count in counts.items())
+
+
+@torch.no_grad()
+def fold(model: Any, stack: Sequence[str], dtype: torch.dtype) -> None:
+    """Put a stack into the weights beneath it, and the layers beneath in the place of those with adapters.
+
+    Layer by layer in place, so that no second model is held.
+
+    Args:
+        model: with adapters or without.
+        stack: names of adapters, base side first; none only takes the adapters away.
+        dtype: that the layers with adapters get, in one rounding.
+    """
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
+        base: Any = layer.get_base_layer()
+        if stack:
+            layer.enable_adapters(True)
+            layer.set_adapter(list(stack))
+            base.to(torch.float32)
+            base.weight.data = _merged_weight(layer, base, stack)
+        base.to(dtype)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, base)
 
 
 def _merged_weight(layer: Any, base: Any, stack: Sequence[str]) -> Tensor:

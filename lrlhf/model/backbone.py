@@ -5,7 +5,7 @@ A role is a stack of LoRA adapters, and perhaps a scalar head:
     reference [sft]    policy [sft, policy]    reward [sft, reward] + head    critic [sft, reward, critic] + head
 
 A new adapter starts with B = 0, so a role starts out as the stack below it, bit for bit. Without LoRA a trainable role
-is a full model: the base itself, or a copy of it.
+is a full model: the base itself, or a copy of what lies below it, with the adapters that are there in its weights.
 
 Run forward and backward of one role inside one `with backbone.role(...)`.
 """
@@ -28,7 +28,7 @@ from lrlhf.distributed import whole
 from lrlhf.errors import UserError
 from lrlhf.functional import equal_prompts, equally_long, last_true, position_ids, shared_prefix
 from lrlhf.kernels.packing import pack, packed_mask, unpack
-from lrlhf.model.adapters import Adapters, place
+from lrlhf.model.adapters import Adapters, fold, place
 from lrlhf.model.architecture import (
     FinalLogits,
     carries_state,
@@ -113,6 +113,7 @@ class Backbone(nn.Module):
         trainable: bool | Literal["head"] = False,
         head: Literal["random", "zero"] | None = None,
         own_copy: bool = True,
+        like: str | None = None,
     ) -> None:
         """Define a role. Adapters of the stack that do not exist yet are created; so is the head.
 
@@ -123,6 +124,7 @@ class Backbone(nn.Module):
             head: None, or how a scalar head starts: small random weights and no bias, as sequence classifiers of
                 transformers have none (a reward model), or zero with a bias (a critic).
             own_copy: without LoRA, whether a trainable role gets a copy of the base or trains the base itself.
+            like: without LoRA, the role whose model is copied instead of the base, if it has one of its own.
         """
         parameters: list[nn.Parameter] = []
         if self.lora is not None:
@@ -132,7 +134,8 @@ class Backbone(nn.Module):
             parameters += self._adapters.parameters(stack[-1]) if trainable is True else []
         elif trainable is True:
             if own_copy:
-                self.copies[role] = copy.deepcopy(self.model)
+                self.copies[role] = copy.deepcopy(self.copies[like] if like and like in self.copies else self.model)
+                fold(self.copies[role], [a for a in stack if a in self.adapters], self.model.dtype)
             parameters += list(self.copies[role].parameters() if own_copy else self.model.parameters())
         if head is not None:
             self.heads[role] = self._new_head(head)

@@ -150,6 +150,9 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
         base_model: hub id, folder, GGUF file or short name.
         dtype: of the weights.
         quantize: of the linear layers; None leaves them in `dtype`.
+
+    Raises:
+        UserError: there is none, or files lack weights, which would be random.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -160,7 +163,13 @@ def load_model(base_model: str, dtype: torch.dtype, quantize: Quantization | Non
         if torch.get_default_device().type == "meta":
             return install_gates(AutoModelForCausalLM.from_config(shape(source), dtype=dtype))
         if quantize is None:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            model, told = loaded
+            if missing := sorted(told["missing_keys"]):
+                raise UserError(
+                    f"base_model={base_model}: its files lack {len(missing)} weights of the model, e.g. {missing[0]}, "
+                    "which would be random; is it a whole causal language model?"
+                )
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 source,

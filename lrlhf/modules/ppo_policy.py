@@ -60,13 +60,14 @@ class PPOPolicy(RolloutModule):
         self.ppo = ppo
 
     def build_roles(self) -> None:
-        """With a critic, which lies on the reward model's adapters where there are any."""
+        """With a critic, which starts as the (first) reward model where there is one."""
         super().build_roles()
         below = self.source.stack or self.backbone.stacks["reference"]
         if self.ppo.critic == "head":
             self.backbone.add_role("critic", below, trainable="head", head="zero")
         else:
-            self.backbone.add_role("critic", (*below, "critic"), trainable=True, head="zero")
+            first = next(iter(self.source.roles), None)
+            self.backbone.add_role("critic", (*below, "critic"), trainable=True, head="zero", like=first)
 
     @torch.no_grad()
     def evaluate(self, sequences: Sequences, batch: Prompts) -> CriticRollout:

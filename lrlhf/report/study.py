@@ -25,7 +25,7 @@ MEANS = (
     ("judged", "win rate", ".3f"),
 )
 """Columns of trials behind the outcome: name, heading, digits; those that were measured and are not the outcome."""
-OF_ONE_REWARD_MODEL = ("learned", "train/score")
+OF_ONE_REWARD_MODEL = ("learned", "train/score", "val/win_rate/score")
 """What is shown only where one reward model scored all trials: scores of several have no common scale."""
 COMPARED = ("comparison", "seeds", "difference", "95 % interval", "p, corrected", "verdict", "seeds for {effect:g}")
 
@@ -89,11 +89,19 @@ def read_study(folder: Path) -> StudyResults:
     trials, prompts = (pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""]) for path in paths[:2])
     curves = pd.read_csv(paths[2], dtype=text, keep_default_na=False, na_values=[""]) if paths[2].is_file() else None
     outcome = plan["outcome"]
-    missing = set(prompts.loc[prompts[outcome].isna(), "prompt"]) if outcome in prompts else set(prompts["prompt"])
+    rows = prompts.assign(answered=prompts[outcome].notna() if outcome in prompts else False)
+    silent = [who for who, there in rows.groupby(["condition", "seed"])["answered"].any().items() if not there]
+    if silent:
+        condition, seed = silent[0]
+        what = "judge" if outcome == "judged" else "gold"
+        raise UserError(
+            f"report: the study {folder} has not measured {outcome} in {condition}, seed {seed}; look at "
+            f"compare.{what} of its align, and at what the judge said."
+        )
+    missing = set(rows.loc[~rows["answered"], "prompt"])
     there = prompts[~prompts["prompt"].isin(missing)]
     if there.empty:
-        what = "judge" if outcome == "judged" else "gold"
-        raise UserError(f"report: the study {folder} has not measured {outcome}; set compare.{what} in its align.")
+        raise UserError(f"report: no prompt of the study {folder} has {outcome} in all trials.")
     curves = pd.DataFrame() if curves is None else curves
     return StudyResults(folder.resolve().name, plan, trials, there, curves, left_out=len(missing))
 
@@ -158,7 +166,7 @@ def study_notes(study: StudyResults) -> list[str]:
 
 
 def study_plots(study: StudyResults) -> list[Plot]:
-    """Outcome by condition, against exact KL, against length, and the learned score by iteration."""
+    """Outcome by condition, against exact KL and length; learned score, length and win rates by iteration."""
     from lrlhf.evaluation.seeds import mean_over_seeds
 
     outcome = study.outcome

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from lrlhf.errors import UserError
 from lrlhf.files import write_json
 from lrlhf.report.report import write_study
 from lrlhf.study.results import collect
-from lrlhf.study.trials import Trial, make_trials, one_reward_model
+from lrlhf.study.trials import Trial, compare_of, make_trials, one_reference, one_reward_model
 
 DESCRIPTION = """Conditions and a grid of config keys, times seeds. Each trial is an align run in a folder of its own
 and goes on where it was interrupted; the same command again runs what is missing."""
@@ -90,14 +90,29 @@ class Study:
         for pair in self.comparisons:
             if len(pair) != 2 or not set(pair) <= set(names) or pair[0] == pair[1]:
                 raise UserError(f"study: comparisons: {pair} is no pair of two of the conditions {', '.join(names)}.")
-        if self.outcome == "learned" and not one_reward_model(found):
+        self._check_outcome(found)
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise UserError(f"study: seeds={self.seeds}: name each once, and one at least.")
+        return found
+
+    def _check_outcome(self, trials: list[Trial]) -> None:
+        """Refuse an outcome that is not measured, or that would not mean the same in all conditions."""
+        measured = {"gold": "gold", "judged": "judge"}.get(self.outcome)
+        if measured and not compare_of(tuple(self.align)).get(measured):
+            raise UserError(
+                f"study: outcome={self.outcome}: no file of align has compare.{measured}; add it, or choose another "
+                "outcome."
+            )
+        if self.outcome == "learned" and not one_reward_model(trials):
             raise UserError(
                 "study: outcome=learned: these conditions have reward models of their own, whose scores have no common "
                 "scale; compare by gold, or by a judge (judged)."
             )
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            raise UserError(f"study: seeds={self.seeds}: name each once, and one at least.")
-        return found
+        if self.outcome == "judged" and not one_reference(trials):
+            raise UserError(
+                "study: outcome=judged: these conditions start from models of their own, so that each would be judged "
+                "against another reference; compare by gold."
+            )
 
 
 def read(arguments: list[str]) -> Study:
@@ -142,14 +157,16 @@ def runner(study: Study, pending: list[Trial]) -> Iterator[str | None]:
         study: says where.
         pending: the trials to run.
     """
+    firsts = {trial.before: trial for trial in pending}
     if study.cluster is None:
         threads = max(1, torch.get_num_threads() // study.workers) if study.workers > 1 else None
-        firsts = list({trial.before: trial for trial in pending}.values())
         pool = ThreadPoolExecutor(study.workers)
         try:
-            for prepared in [pool.submit(first.prepare, threads if len(firsts) > 1 else None) for first in firsts]:
-                prepared.result()
-            futures = [pool.submit(trial.run, threads) for trial in pending]
+            alone = len(firsts) == 1
+            prepared = [pool.submit(first.prepare, None if alone else threads) for first in firsts.values()]
+            broken = _broken(firsts, [future.result for future in prepared])
+            yield from _named(pending, broken)
+            futures = [pool.submit(trial.run, threads) for trial in pending if trial.before not in broken]
             for future in as_completed(futures):
                 yield _failure(future.result)
         finally:
@@ -159,11 +176,21 @@ def runner(study: Study, pending: list[Trial]) -> Iterator[str | None]:
 
     executor = submitit.AutoExecutor(Path(study.run).expanduser() / "jobs", cluster=study.cluster)
     executor.update_parameters(**{"name": "lrlhf-study", "timeout_min": 24 * 60, **study.submit.keys})
-    firsts = list({trial.before: trial for trial in pending}.values())
-    for job in executor.map_array(Job("prepare"), firsts):
-        job.result()
-    for job in executor.map_array(Job("run"), pending):
+    broken = _broken(firsts, [job.result for job in executor.map_array(Job("prepare"), list(firsts.values()))])
+    yield from _named(pending, broken)
+    for job in executor.map_array(Job("run"), [trial for trial in pending if trial.before not in broken]):
         yield _failure(job.result)
+
+
+def _broken(firsts: Iterable[Path | None], results: Iterable[Callable[[], Any]]) -> dict[Path | None, str]:
+    """Of the stages that trials share: those that failed, and how."""
+    failures = zip(firsts, map(_failure, results), strict=True)
+    return {before: failure for before, failure in failures if failure}
+
+
+def _named(pending: list[Trial], broken: dict[Path | None, str]) -> list[str]:
+    """How the trials failed whose shared stages did."""
+    return [f"{trial.folder}: {broken[trial.before]}" for trial in pending if trial.before in broken]
 
 
 @dataclass(frozen=True)

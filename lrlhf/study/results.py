@@ -53,7 +53,8 @@ def _summary(comparison: dict[str, Any]) -> dict[str, Any]:
     rows, means = comparison["rows"], {}
     for column, (side, name) in COLUMNS.items():
         values = [row[side].get(name) for row in rows]
-        means[column] = None if None in values else fmean(values)
+        given = [value for value in values if value is not None]  # a judge may leave some prompts without an answer
+        means[column] = fmean(given) if given else None
     seconds = sum(comparison.get("seconds", {}).values())
     return means | (comparison.get("divergences") or {}) | {"seconds": seconds}
 

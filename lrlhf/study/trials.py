@@ -22,8 +22,6 @@ from lrlhf.report import STAGES
 Config = dict[str, Any]
 SHARED = ("sft", "reward")
 """Stages that trials with the same config of them share."""
-SCORERS = ("reward_model", "reward_function", "aggregate")
-"""Settings of the last stage that say what scores its responses."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def make_trials(
     trials = []
     for seed, name, values in product(seeds, conditions or {"": {}}, product(*grid.values())):
         factors = tuple(zip(grid, values, strict=True))
-        changes = merged({}, {stage: dict(change) for stage, change in conditions.get(name, {}).items()})
+        changes = _nested_keys(conditions.get(name, {}))
         for key, value in factors:
             changes = merged(changes, _nested(key, value))
         told = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in factors)
@@ -133,12 +131,25 @@ def one_reward_model(trials: Sequence[Trial]) -> bool:
     Args:
         trials: of a study.
     """
-    scorers = set()
-    for trial in trials:
-        settings = trial.changes.get("rl", {}).get("model", {}).get("init_args", {})
-        trained = trial.before if "reward" in stages_of(trial.align) else None
-        scorers.add((trained, *(str(settings.get(key)) for key in SCORERS)))
-    return len(scorers) == 1
+    trained = {trial.before for trial in trials} if "reward" in stages_of(trials[0].align) else set()
+    return len(trained) <= 1 and _alike(trials, "reward_model", "reward_function", "aggregate")
+
+
+def one_reference(trials: Sequence[Trial]) -> bool:
+    """Whether all trials start from the same model: only then may their win rates over it be compared.
+
+    Args:
+        trials: of a study.
+    """
+    starts = {json.dumps(trial.changes.get("sft"), sort_keys=True, default=str) for trial in trials}
+    return len(starts) == 1 and _alike(trials, "base_model", "sft")
+
+
+def _alike(trials: Sequence[Trial], *keys: str) -> bool:
+    """Whether the last stages of trials have the same settings of their modules."""
+    models = [trial.changes.get("rl", {}).get("model") for trial in trials]
+    settings = [(model.get("init_args") or {}) if isinstance(model, Mapping) else {} for model in models]
+    return len({str([given.get(key) for key in keys]) for given in settings}) == 1
 
 
 def stages_of(align: tuple[str, ...]) -> dict[str, list[str]]:
@@ -160,6 +171,18 @@ def stages_of(align: tuple[str, ...]) -> dict[str, list[str]]:
     if "rl" not in found:
         raise UserError(f"study: align={list(align)} names no config files of stages.rl, which the trials repeat.")
     return found
+
+
+def compare_of(align: tuple[str, ...]) -> Config:
+    """What an align config compares afterwards; later files win.
+
+    Args:
+        align: its files.
+    """
+    compare: Config = {}
+    for file in align:
+        compare |= (yaml.safe_load(Path(file).expanduser().read_text()) or {}).get("compare") or {}
+    return compare
 
 
 def files_of(align: tuple[str, ...]) -> dict[str, str]:
@@ -187,6 +210,14 @@ def merged(below: Config, above: Mapping[str, Any]) -> Config:
 
 def _texts(files: Iterable[str]) -> dict[str, str]:
     return {file: Path(file).expanduser().read_text() for file in files if Path(file).expanduser().is_file()}
+
+
+def _nested_keys(config: Mapping[str, Any]) -> Config:
+    """A config whose keys may have dots as nested mappings."""
+    result: Config = {}
+    for key, value in config.items():
+        result = merged(result, _nested(key, _nested_keys(value) if isinstance(value, Mapping) else value))
+    return result
 
 
 def _nested(key: str, value: Any) -> Config:

@@ -81,3 +81,11 @@ def test_the_end_of_a_turn_is_what_the_chat_template_writes_behind_it(tiny_llama
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|mid|>", "<|eot|>"]})
     tokenizer.chat_template = template
     assert end_of_turn(tokenizer) == tokenizer.get_vocab()[end]
+
+
+def test_files_that_lack_weights_are_refused(tiny_llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(UserError, match=r"files lack 1 weights .* model\.layers\.1\.mlp\.up_proj\.weight, which would"):
+        load_model(str(tmp_path), torch.float32)

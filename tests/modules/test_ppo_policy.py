@@ -7,11 +7,14 @@ import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lrlhf import (
+    AlpacaDataModule,
     DivergenceCallback,
     LoRA,
     PPOPolicy,
+    RewardModel,
     RolloutCallback,
     Sampling,
     TextTemplate,
@@ -20,7 +23,7 @@ from lrlhf import (
 from lrlhf.functional import kl
 from lrlhf.metrics import Means
 from lrlhf.types import CriticExperience, Prompts, Sequences
-from tests.modules.helpers import ppo, ppo_after_both_stages, prompt_data, train_sft, trainer
+from tests.modules.helpers import SMALL, adamw, ppo, ppo_after_both_stages, prompt_data, train_sft, trainer
 
 
 class Recorder(RolloutCallback):
@@ -356,3 +359,35 @@ def test_a_run_whose_critic_is_a_head_trains_it_and_the_policy_alone(tmp_path, t
     changed = {n for n, p in module.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if ".policy." in n or "heads.critic" in n}
     assert recorder.rollouts[0].states.shape[2] == module.backbone.heads["critic"].in_features
+
+
+@pytest.mark.parametrize("whole_reward", [False, True], ids=["reward with LoRA", "full reward"])
+def test_a_full_policy_is_a_plain_model_and_its_critic_starts_as_the_reward_model(
+    tmp_path, tiny_llama, data_files, whole_reward
+):
+    """Whatever the reward model is: its adapters are no part of the policy, and the critic has them in its weights."""
+    reward = RewardModel(
+        base_model=tiny_llama, optimizer=adamw(1e-2), **(SMALL | ({"lora": None} if whole_reward else {}))
+    )
+    pairs = AlpacaDataModule(train=data_files["pairs"], tokenizer=tiny_llama, task="preference", batch_size=8)
+    trainer(tmp_path / "reward", enable_checkpointing=False).fit(reward, pairs)
+    module = ppo(tiny_llama, reward_function=None, reward_model=str(tmp_path / "reward/handover"), lora=None)
+    module.configure_model()
+    ids = torch.arange(3, 40)
+    logits = {}
+    for role in ("reference", "policy", "reward", "critic"):
+        with module.backbone.role(role):
+            logits[role] = module.backbone.plain_logits(ids)
+    assert torch.equal(logits["policy"], logits["reference"])
+    assert (logits["reward"] - logits["reference"]).abs().max() > 1e-2
+    torch.testing.assert_close(logits["critic"], logits["reward"], atol=1e-4, rtol=1e-4)  # merged in one rounding
+    weights = len(list(AutoModelForCausalLM.from_pretrained(tiny_llama).parameters()))
+    assert [len(module.backbone.trainable(role)) for role in ("policy", "critic")] == [weights, weights + 2]
+
+    trainer(tmp_path / "ppo").fit(module, prompt_data(tiny_llama, data_files))
+    with module.backbone.role("policy"):
+        trained = module.backbone.plain_logits(ids)
+    assert (trained - logits["policy"]).abs().max() > 1e-3
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo/handover/model").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids[None]).logits[0], trained, atol=1e-5, rtol=1e-5)

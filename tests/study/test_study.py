@@ -31,7 +31,9 @@ def lab(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("reward.yaml").write_text("model: {class_path: lrlhf.RewardModel}\n")
     Path("ppo.yaml").write_text("model: {class_path: lrlhf.PPOPolicy}\n")
-    Path("align.yaml").write_text("stages: {reward: [reward.yaml], rl: [ppo.yaml]}\n")
+    Path("bare.yaml").write_text("stages: {rl: [ppo.yaml]}\n")
+    Path("judged.yaml").write_text("stages: {rl: [ppo.yaml]}\ncompare: {judge: a.Judge}\n")
+    Path("align.yaml").write_text("stages: {reward: [reward.yaml], rl: [ppo.yaml]}\ncompare: {gold: a.gold}\n")
     monkeypatch.setattr(command, "write_study", lambda run: None)
     ran = []
 
@@ -144,6 +146,27 @@ def test_a_trial_that_fails_is_named_and_the_others_are_run(lab):
     assert [row["condition"] for row in table("trials")] == ["kl", "kl"]
 
 
+def test_trials_whose_reward_model_fails_are_named_and_the_others_are_run(lab, monkeypatch):
+    fake = trials._align
+
+    def fail_where_the_reward_model_is_another(align, folder, stages, changes, threads, seed):
+        if changes.get("reward"):
+            raise UserError("no reward model (on purpose)")
+        fake(align, folder, stages, changes, threads, seed)
+
+    monkeypatch.setattr(trials, "_align", fail_where_the_reward_model_is_another)
+    conditions = {"none": {}, "other": {"reward": {"x": 1}}}
+    with pytest.raises(UserError, match=r"2 of 4 trials failed, first .*other/seed-1: no reward model .on purpose"):
+        command.main(study(conditions=conditions, comparisons=[]))
+    assert [row["condition"] for row in table("trials")] == ["none", "none"]
+
+
+def test_a_method_may_be_named_without_its_settings(lab):
+    conditions = {"none": {}, "rloo": {"rl": {"model": "lrlhf.RLOO"}}}
+    command.main(study(conditions=conditions, comparisons=[]))
+    assert [row["condition"] for row in table("trials")] == ["none", "rloo"] * 2
+
+
 def test_a_study_that_was_interrupted_ends_with_the_same_tables(lab, monkeypatch):
     command.main(study())
     whole = {name: table(name) for name in ("trials", "prompts", "curves")}
@@ -185,6 +208,16 @@ def test_comparisons_are_dated_by_how_many_trials_had_been_seen(lab):
         ({"conditions": [1]}, "conditions"),
         ({"seeds": [1, 1]}, "name each once"),
         ({"outcome": "learned", "conditions": {"none": {}, "kl": {"reward": {"x": 1}}}}, "scores have no common scale"),
+        (
+            {"outcome": "learned", "conditions": {"none": {}, "kl": {"rl": {"model.init_args.aggregate": "worst"}}}},
+            "scores have no common scale",
+        ),
+        ({"outcome": "judged"}, "no file of align has compare.judge"),
+        ({"align": ["bare.yaml"]}, "no file of align has compare.gold"),
+        (
+            {"align": ["judged.yaml"], "outcome": "judged", "conditions": {"none": {}, "kl": {"sft": {"x": 1}}}},
+            "each would be judged against another reference",
+        ),
         (
             {"outcome": "learned", "grid": {"rl.model.init_args.reward_function": ["a.b", "c.d"]}, "comparisons": []},
             "scores have no common scale",
@@ -246,7 +279,7 @@ def test_a_study_may_be_decided_by_a_judge_on_the_prompts_that_it_answered_in_ev
     write_tables(folder, 0.2, np.random.default_rng(1))
     plan, prompts = json.loads((folder / "study.json").read_text()), pd.read_csv(folder / "prompts.csv")
     (folder / "study.json").write_text(json.dumps(plan | {"outcome": "judged"}))
-    with pytest.raises(UserError, match=r"has not measured judged; set compare\.judge"):
+    with pytest.raises(UserError, match=r"has not measured judged in a, seed 0; look at compare\.judge"):
         read_study(folder)
     prompts["judged"] = np.where(prompts["condition"] == "b", 0.75, 0.5) + 0.01 * (prompts["prompt"] % 3)
     prompts.loc[(prompts["prompt"] == 4) & (prompts["seed"] == 3) & (prompts["condition"] == "c"), "judged"] = np.nan
