@@ -213,6 +213,8 @@ class Job:
 def register(study: Study, run: Path, trials: list[Trial]) -> None:
     """Write study.json: the comparisons, how many trials had been seen when they were named, and the first seeds.
 
+    Comparisons of conditions that have changed since are named anew.
+
     Args:
         study: to register.
         run: its folder.
@@ -227,8 +229,12 @@ def register(study: Study, run: Path, trials: list[Trial]) -> None:
         "order": list(dict.fromkeys(trial.condition for trial in trials)),
     }
     before = json.loads(path.read_text()) if path.is_file() else {}
-    same = all(before.get(key) == plan[key] for key in ("comparisons", "outcome"))
-    seen = before["trials_seen"] if same else sum(trial.is_done() for trial in trials)
+    there, here = before.get("conditions", {}), study.conditions.keys
+    same = all(before.get(key) == plan[key] for key in ("align", "grid", "comparisons", "outcome")) and all(
+        there[name] == here[name] for name in there.keys() & here.keys()
+    )
+    ran = sum((trial.folder / "trial.json").is_file() for trial in trials)  # as they are configured now or were before
+    seen = before["trials_seen"] if same else ran
     named = before["named"] if same else time.strftime("%Y-%m-%d %H:%M")
     first = before.get("first_seeds", study.seeds) if any(trial.is_done() for trial in trials) else study.seeds
     write_json(path, plan | {"trials_seen": seen, "named": named, "first_seeds": first})

@@ -191,9 +191,13 @@ def test_comparisons_are_dated_by_how_many_trials_had_been_seen(lab):
     assert json.loads(Path("study/study.json").read_text())["trials_seen"] == 0
     command.main(study(comparisons=[["none", "kl"]]))
     assert json.loads(Path("study/study.json").read_text())["trials_seen"] == 4
-    assert any(
-        "after 4 trials were done: read them as exploratory" in n for n in study_notes(read_study(Path("study")))
-    )
+    command.main(study(comparisons=[["none", "kl"]], seeds=[1, 2, 3]))
+    assert json.loads(Path("study/study.json").read_text())["trials_seen"] == 4, "more seeds name nothing anew"
+    changed = {"none": {}, "kl": {"rl": {"trainer": {"callbacks+": KL, "max_epochs": 2}}}, "js": {}}
+    command.main(study(comparisons=[["none", "kl"]], seeds=[1, 2, 3], conditions=changed))
+    assert json.loads(Path("study/study.json").read_text())["trials_seen"] == 6, "another kl is another comparison"
+    command.main(study(comparisons=[["none", "kl"]]))
+    assert any("trials were done: read them as exploratory" in n for n in study_notes(read_study(Path("study"))))
 
 
 @pytest.mark.parametrize(
