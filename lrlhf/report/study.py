@@ -154,8 +154,8 @@ def study_notes(study: StudyResults) -> list[str]:
         notes.append(f"{study.left_out} prompts have no outcome in some trial and are left out of all.")
     if set(plan["first_seeds"]) != set(plan["seeds"]):
         notes.append(
-            f"Planned with the seeds {plan['first_seeds']}; others were added when results had been seen, which makes "
-            "small p-values likelier than they say."
+            f"Planned with the seeds {plan['first_seeds']}, now {plan['seeds']}: such a change, where results have "
+            "been seen, makes small p-values likelier than they say."
         )
     if count:
         notes.append(

@@ -125,7 +125,8 @@ def test_done_trials_are_skipped_until_something_they_are_made_of_changes(lab):
     assert len(lab) == first
     command.main(study(seeds=[1, 2, 3]))
     assert [seed for _, _, seed in lab[first:]] == [3, 3]
-    assert "Planned with the seeds [1, 2]; others were added" in " ".join(study_notes(read_study(Path("study"))))
+    notes = " ".join(study_notes(read_study(Path("study"))))
+    assert "Planned with the seeds [1, 2], now [1, 2, 3]: such a change" in notes
     changed = {"none": {}, "kl": {"rl": {"trainer": {"callbacks+": KL, "max_epochs": 2}}}}
     count = len(lab)
     command.main(study(conditions=changed))
