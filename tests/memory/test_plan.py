@@ -94,12 +94,12 @@ def test_static_bytes_are_a_count_by_hand(llama):
 
 
 QUICK = [
-    {"prompt": 48, "response": 80, "gradient_checkpointing": True},
     {"lora": None, "sft": None, "gradient_checkpointing": True},
     {"reward_model": None, "reward_function": "lrlhf.rewards.vader_sentiment"},
 ]
 OTHERS = [
     {},
+    {"prompt": 48, "response": 80, "gradient_checkpointing": True},
     {"dtype": "bfloat16"},
     {"gradient_checkpointing": True},
     {"prompt": 48, "response": 80},
