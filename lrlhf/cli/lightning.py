@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -98,8 +98,6 @@ CLI: dict[str, Any] = {
     "parser_class": Parser,
 }
 """How LightningCLI is used here."""
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class NothingLeft(Exception):

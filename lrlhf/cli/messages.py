@@ -7,9 +7,11 @@ from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lrlhf.errors import UserError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 NO_MODULE = (
     "config key model names no module, such as class_path: lrlhf.SFT; a first command is "

@@ -35,6 +35,10 @@ class Plain:
             raise ValueError("expected keys and values")
         self.keys: dict[str, Any] = dict(keys or {})
 
+    def __repr__(self) -> str:
+        """As in a file, for --help."""
+        return str(self.keys)
+
 
 register_type(Plain, serializer=lambda plain: plain.keys, deserializer=Plain)
 
