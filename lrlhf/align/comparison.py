@@ -73,7 +73,7 @@ def compare(
         "seconds": {**_stage_seconds(run), "comparison": round(time.perf_counter() - start, 1)},
         "rows": rows,
     }
-    write_json(run / "comparison.json", result)
+    write_json(run / "comparison.json", result)  # before the judge, whose failure must not cost the responses
     pairs = [
         Pair(row["instruction"], row["before"]["response"], row["after"]["response"], BEFORE, AFTER) for row in rows
     ]

@@ -530,8 +530,7 @@ class Backbone(nn.Module):
         if getattr(self.model, "is_quantized", False):
             self.model.dequantize(self.model.dtype)
         if self.stacks[role]:
-            with self.role(role):
-                self._adapters.merge(self.stacks[role], dtype)
+            self._adapters.merge(self.stacks[role], dtype)
         return (self.copies[role] if role in self.copies else self.model).to(dtype)
 
 

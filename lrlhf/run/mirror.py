@@ -45,7 +45,7 @@ class Mirror:
 
     def checkpoints(self) -> list[str]:
         """Of `names`, those of checkpoints."""
-        return [name for name in self.names() if name.startswith(f"{CHECKPOINTS}/")]
+        return [name for name in self.names() if _is_checkpoint(name)]
 
     def push(self, run: Path) -> None:
         """Copy what has changed, logs before checkpoints, then remove checkpoints that the run no longer keeps.
@@ -58,7 +58,7 @@ class Mirror:
         """
         try:
             here = dict(_own_files(run))
-            for name in sorted(here, key=lambda name: name.startswith(f"{CHECKPOINTS}/")):
+            for name in sorted(here, key=_is_checkpoint):
                 stat = here[name].stat()
                 if self._copied.get(name) != (stat.st_size, stat.st_mtime_ns):
                     target = f"{self._root}/{name}"
@@ -80,9 +80,13 @@ class Mirror:
         with FileLock(run / ".mirror.lock"):
             if any((run / CHECKPOINTS).glob("*.ckpt")):
                 return
-            for name in sorted(self.names(), key=lambda name: name.startswith(f"{CHECKPOINTS}/")):
+            for name in sorted(self.names(), key=_is_checkpoint):
                 with whole(run / name) as scratch:
                     self._files.get_file(f"{self._root}/{name}", str(scratch))
+
+
+def _is_checkpoint(name: str) -> bool:
+    return name.startswith(f"{CHECKPOINTS}/")
 
 
 def _own_files(run: Path) -> Iterator[tuple[str, Path]]:

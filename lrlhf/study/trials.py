@@ -161,12 +161,7 @@ def stages_of(align: tuple[str, ...]) -> dict[str, list[str]]:
     Raises:
         UserError: a file that is missing, or no last stage.
     """
-    stages: dict[str, list[str]] = {}
-    for file in align:
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise UserError(f"study: there is no config file {path}.")
-        stages |= (yaml.safe_load(path.read_text()) or {}).get("stages") or {}
+    stages = _section(align, "stages")
     found = {stage: files for stage in STAGES if (files := stages.get(stage))}
     if "rl" not in found:
         raise UserError(f"study: align={list(align)} names no config files of stages.rl, which the trials repeat.")
@@ -178,11 +173,11 @@ def compare_of(align: tuple[str, ...]) -> Config:
 
     Args:
         align: its files.
+
+    Raises:
+        UserError: a file that is missing.
     """
-    compare: Config = {}
-    for file in align:
-        compare |= (yaml.safe_load(Path(file).expanduser().read_text()) or {}).get("compare") or {}
-    return compare
+    return _section(align, "compare")
 
 
 def files_of(align: tuple[str, ...]) -> dict[str, str]:
@@ -206,6 +201,17 @@ def merged(below: Config, above: Mapping[str, Any]) -> Config:
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
         result[key] = merged(result[key], value) if both else value
     return result
+
+
+def _section(align: tuple[str, ...], key: str) -> Config:
+    """One key of an align config; later files win, entry by entry."""
+    found: Config = {}
+    for file in align:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise UserError(f"study: there is no config file {path}.")
+        found |= (yaml.safe_load(path.read_text()) or {}).get(key) or {}
+    return found
 
 
 def _texts(files: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 
 from lrlhf import LoRA, UserError
 from lrlhf.model.backbone import Backbone
-from lrlhf.model.pretrained import load_tokenizer
+from lrlhf.model.pretrained import fingerprint_tokenizer, load_tokenizer
 from lrlhf.run.handover import Handover
 
 STACKS = {"sft": ("sft",), "reward": ("sft", "reward"), "policy": ("sft", "policy")}
@@ -88,11 +88,12 @@ def test_the_manifest_names_what_the_role_was_trained_on_and_the_digests_of_its_
 
 
 @pytest.mark.parametrize("role", STACKS)
-def test_what_is_read_is_what_was_written(write, backbone, tmp_path, role):
+def test_what_is_read_is_what_was_written(write, backbone, tokenizer, tmp_path, role):
     read = write(role)
     assert (read.folder, read.role, read.stack) == (tmp_path / "handover", role, STACKS[role])
     assert (read.base_model, read.dtype, read.template) == ("the/base", "float32", "0123456789abcdef")
     assert (read.base, set(read.adapters)) == (backbone.fingerprint, set(STACKS[role]))
+    assert read.tokenizer == fingerprint_tokenizer(tokenizer)
     assert (read.head, read.probe_score is not None) == (role == "reward",) * 2
 
 

@@ -198,7 +198,9 @@ def test_comparisons_are_dated_by_how_many_trials_had_been_seen(lab):
     command.main(study(comparisons=[["none", "kl"]], seeds=[1, 2, 3], conditions=changed))
     assert json.loads(Path("study/study.json").read_text())["trials_seen"] == 6, "another kl is another comparison"
     command.main(study(comparisons=[["none", "kl"]]))
-    assert any("trials were done: read them as exploratory" in n for n in study_notes(read_study(Path("study"))))
+    assert any(
+        "after 4 trials were done: read them as exploratory" in n for n in study_notes(read_study(Path("study")))
+    )
 
 
 @pytest.mark.parametrize(
